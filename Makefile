@@ -186,7 +186,7 @@ bench: bench-train bench-methods bench-memory bench-inputs bench-adapters bench-
 # Stored cells stay unless something that they depend on has changed; an interrupted run resumes.
 results: setup ## the figures of docs/results.md that are missing or out of date, and the page (QUICK=1: tiny models; PARTS, JOBS)
 	$(foreach part,$(PARTS),$(TEST_ENV) $(BIN)/python -W ignore -m experiments $(part) --jobs $(JOBS) $(if $(filter-out 0,$(QUICK)),--quick) &&) true
-	$(if $(filter-out 0,$(QUICK)),,$(TEST_ENV) $(BIN)/python -m experiments page)
+	$(if $(filter-out 0,$(QUICK)),,$(TEST_ENV) $(BIN)/python -m experiments pictures && $(BIN)/python -m experiments page)
 
 # Material for MkDocs prints a notice about MkDocs 2 at every build unless it is told not to.
 docs: setup ## write the generated pages of docs/ and build the site (site/, no network needed)

@@ -2,6 +2,7 @@
 
     python -m experiments PART [--quick] [--only REGEX] [--jobs N] [--out FOLDER]
     python -m experiments page
+    python -m experiments pictures
 
 Stored cells are not computed again, unless what they depend on has changed: the cell, the code that computes it, the
 method's own modules, the model's files, or a version.
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 1 if a cell failed."""
     parser = argparse.ArgumentParser(prog="python -m experiments", description="The figures of docs/results.md.")
     parser.add_argument(
-        "command", choices=[*parts(), "page"], help="the part to run, or `page` to write docs/results.md"
+        "command", choices=[*parts(), "page", "pictures"], help="the part to run, or what to write: docs/results*"
     )
     parser.add_argument("--quick", action="store_true", help=f"tiny models and few steps, stored in {QUICK}")
     names = "part/model/dtype/task/name/rate/seed"
@@ -50,6 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from experiments.page import write
 
         write(folder)
+        return 0
+    if options.command == "pictures":
+        from experiments.pictures import draw
+
+        for path in draw(folder):
+            print(path)
         return 0
     # Both are read when the libraries are imported, which running a cell does.
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

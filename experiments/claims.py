@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.claims_plan import BATCHES, BY_PLACE, BY_RANK, FEW, LOW_DATA, MIXTURE, few, large_batches, usual
+from experiments.pictures import shown
 from experiments.rows import Interval, Table, Trained, digests
 from experiments.store import FOLDER
 from experiments.training_plans import LADDER, REPEATED, Row, encoder_settings
@@ -234,3 +235,4 @@ def section(folder: Path = FOLDER) -> Iterator[str]:
         cells = " ".join(map(digests, verdict.rows))
         yield f"| {claim.text} ({claim.source}) | {claim.rule} | **{verdict.word}** | {verdict.figure} | {cells} |"
     yield "\n```\npython -m experiments claims\n```\n"
+    yield from shown("little-data")

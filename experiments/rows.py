@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,14 @@ class Table:
         if not records:
             return None
         return Trained(row, records, [self._times.get(r.digest, {}) for r in records], is_at_the_end, len(seeds))
+
+    def sweep(self, row: Row) -> Iterator[tuple[float, Mapping[str, Any]]]:
+        """Yield the rates of a row's sweep with the figures of their cells."""
+        cells, _ = swept(lambda rate: self.setting.cell(row, rate, self.setting.seeds[0]), row.middle, self._figures)
+        for cell in cells:
+            figures = self._figures(cell)
+            if figures is not None:
+                yield cell.rate, figures
 
     def best(self) -> Trained | None:
         """Return the repeated row with the highest mean, once all its seeds are there; None if there is none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from experiments.pictures import shown
 from experiments.rows import Interval, Table, Trained, digests
 from experiments.store import FOLDER
 from experiments.tasks import TESTED, VALIDATION
@@ -110,6 +111,8 @@ def sections(folder: Path = FOLDER) -> Iterator[str]:
     for setting in encoder_settings():
         title = f"{TITLES[setting.task]}, {PER_CLASS} texts a class ({setting.texts} in all)"
         yield from _section(title, Table(setting, REPEATED, folder), "encoder")
+        yield from shown("parameters")
+        yield from shown("rates")
     for setting in task_settings():
         title = f"{TITLES[setting.task]}, {setting.texts:,} texts"
         yield from _section(title, Table(setting, COMPARED, folder), f"tasks --only /{setting.task}/")
