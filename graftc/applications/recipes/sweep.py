@@ -106,12 +106,12 @@ def sweep(
     Args:
         spec, model, examples, loss, example_inputs: as for `graftc.tune`.
         train: as for `graftc.tune`.
-        score: a function that returns the score of a trained model, such as its accuracy on validation data. A NaN is
-            below every number.
+        score: a function that returns the score of a trained model, such as its accuracy on validation data. A score
+            that is not finite means that training diverged, and is below every number.
         rates: the learning rates, for example ``[3e-4, 1e-3, 3e-3]``.
         seeds: the seeds, of which the first compares the rates.
         test: a function that returns the test score of a model at the best rate.
-        folder: the folder for the scores, and for the models at the best rate. If the process is killed, the same call
+        folder: the folder for the scores and the trained models. If the process is killed, the same call
             resumes; with more rates or seeds, it computes only what is new. Use another folder after changing one of
             the functions or the data.
 
@@ -145,7 +145,7 @@ def sweep(
 
 
 def _name(rate: float, seed: int) -> str:
-    return f"rate-{rate:g}-seed-{seed}"
+    return f"rate-{rate!r}-seed-{seed}"
 
 
 class _Trials:
@@ -181,7 +181,7 @@ class _Trials:
         if recorded is not None:
             return recorded, None
         model = self._trained(rate, seed)
-        trial = Trial(rate, seed, float(self._score(model)))
+        trial = Trial(rate, seed, _finite(self._score(model)))
         self._write(trial)
         return trial, model
 
@@ -190,7 +190,7 @@ class _Trials:
         if self._test is None or not math.isnan(trial.test):
             return trial
         model = self._trained(trial.rate, trial.seed) if model is None else model
-        tested = replace(trial, test=float(self._test(model)))
+        tested = replace(trial, test=_finite(self._test(model)))
         self._write(tested)
         return tested
 
@@ -213,13 +213,21 @@ class _Trials:
             data = read_json(read_regular(path), JSON_BYTES)
         except (OSError, ValueError):
             data = None
-        values = [data.get(name) for name in ("score", "test")] if isinstance(data, dict) else ["?"]
-        if not all(
-            value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in values
-        ):
+        if not (isinstance(data, dict) and all(_is_score(data.get(name, "?")) for name in ("score", "test"))):
             raise GraftError("GC058", f"{path} is damaged", hint="remove it: the trial is trained again")
+        values = data["score"], data["test"]
         score, test = (math.nan if value is None else float(value) for value in values)
         return Trial(rate, seed, score, test)
+
+
+def _is_score(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _finite(value: float) -> float:
+    """Return a score as a number; NaN if it is infinite."""
+    number = float(value)
+    return number if math.isfinite(number) else math.nan
 
 
 def _checked_rates(rates: Any) -> list[float]:

@@ -112,7 +112,7 @@ def test_an_interrupted_sweep_resumes(stop: int, tmp_path: Path) -> None:
     assert str(swept) == str(Runs().sweep())
 
 
-@pytest.mark.parametrize(("score", "rate"), [(lambda value: math.nan, None), (lambda value: -value, 1e-3)])
+@pytest.mark.parametrize(("score", "rate"), [(lambda value: -math.inf, None), (lambda value: -value, 1e-3)])
 def test_a_rate_that_diverges_is_not_chosen(score: Callable[[float], float], rate: float | None) -> None:
     runs = Runs()
     function = lambda compiled: score(value_of(compiled)) if value_of(compiled) < 0.1 else math.nan  # noqa: E731
@@ -156,12 +156,20 @@ def test_another_spec_needs_another_folder(tmp_path: Path) -> None:
     assert "different sweep" in refused(call, code="GC058").message and not runs.trained
 
 
-@pytest.mark.sample("{", '{"score": "good"}')
-@pytest.mark.parametrize("text", ["{", "[]", '{"score": "good"}', '{"score": {}}'])
+@pytest.mark.sample("{", "{}")
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"score": "good", "test": null}', '{"score": {}, "test": 1}'])
 def test_a_damaged_score_is_refused(text: str, tmp_path: Path) -> None:
     Runs().sweep(tmp_path, seeds=[0])
     next((tmp_path / "trials").iterdir()).write_text(text, encoding="utf-8")
     assert "is damaged" in refused(lambda: Runs().sweep(tmp_path, seeds=[0]), code="GC058").message
+
+
+def test_rates_that_look_the_same_are_told_apart(tmp_path: Path) -> None:
+    """Their scores are in files of their own."""
+    rates = (0.012345678, 0.012345679)
+    runs = Runs()
+    assert len({trial.score for trial in runs.sweep(tmp_path, rates=rates, seeds=[0]).trials}) == 2
+    assert runs.trained == [*rates] and len([*(tmp_path / "trials").iterdir()]) == 2
 
 
 def test_scores_are_strict_json(tmp_path: Path) -> None:
