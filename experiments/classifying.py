@@ -82,16 +82,16 @@ class _Encoder:
 def _floor(name: str, task: Task, encoded: _Encoder) -> dict[str, Any]:
     """Return the figures of logistic or, for ratings, ridge regression on frozen sentence embeddings."""
     model: Any = encoder_of(name, task.outputs, 0)
-    train, validation, test = (embed(model.bert, split) for split in (encoded.train, encoded.validation, encoded.test))
-    figures: dict[str, Any] = {"trained": (train.shape[1] + 1) * task.outputs}
-    for key, features, split in (("validation", validation, task.validation), ("test", test, task.test)):
+    known, *others = (embed(model.bert, split) for split in (encoded.train, encoded.validation, encoded.test))
+    figures: dict[str, Any] = {"trained": (known.shape[1] + 1) * task.outputs}
+    for key, features, split in zip(("validation", "test"), others, (task.validation, task.test), strict=True):
         if task.is_regression:
             from sklearn.linear_model import Ridge
 
-            fitted = Ridge().fit(train.numpy(), task.train.labels)
+            fitted = Ridge().fit(known.numpy(), task.train.labels)
             figures[key] = float(pearsonr(fitted.predict(features.numpy()), split.labels).statistic)
         else:
-            scores = logistic_regression(train, task.train.labels, features, split.labels, task.outputs)
+            scores = logistic_regression(known, task.train.labels, features, split.labels, task.outputs)
             figures[key] = scores.accuracy
             figures["macro_f1"] = scores.macro_f1  # of the last, the test texts
     return figures
@@ -111,7 +111,8 @@ def _adapted(cell: Mapping[str, Any], task: Task, encoded: _Encoder, rows: int) 
         steps = cell["steps"] // stage.total
         losses.extend(train(compiled, batches, steps, cell["rate"], settings["optimiser"], overrides, times))
 
-    examples = [encoded.train.collate(list(range(k, k + rows)), labels=True) for k in range(0, 4 * rows, rows)]
+    starts = range(0, min(4 * rows, len(encoded.train) - rows + 1), rows)
+    examples = [encoded.train.collate(range(start, start + rows), labels=True) for start in starts]
     compiled: Any = graftc.tune(settings["spec"], base, run, examples=examples, seed=seed)
     head = sum(p.numel() for p in base.get_submodule(HEAD).parameters())
     started = time.perf_counter()
