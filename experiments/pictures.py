@@ -46,7 +46,9 @@ def over_parameters(axes: Any, theme: Theme, folder: Path) -> bool:
     for name, style in ((ALONE, "--"), (FLOOR, ":")):
         if name in table.rows:
             mean = 100 * table.rows[name].interval().mean
-            axes.axhline(mean, color=theme.text, linestyle=style, linewidth=1, label=name)
+            axes.axhline(mean, color=theme.text, linestyle=style, linewidth=1)
+            place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": 8}
+            axes.text(1, mean, name, color=theme.text, **place)
     shown = [own for name, own in table.rows.items() if name not in (ALONE, FLOOR)]
     for own in sorted(shown, key=_trained):
         interval = own.interval()
@@ -58,7 +60,6 @@ def over_parameters(axes: Any, theme: Theme, folder: Path) -> bool:
     axes.set_xscale("log")
     axes.set_xlabel("trained values, besides the head")
     axes.set_ylabel("test accuracy, %")
-    _legend(axes, theme, loc="lower right")
     return bool(shown)
 
 
@@ -101,9 +102,9 @@ def over_texts(axes: Any, theme: Theme, folder: Path) -> bool:
     return drawn
 
 
-def _legend(axes: Any, theme: Theme, **options: Any) -> None:
+def _legend(axes: Any, theme: Theme) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, labelcolor=theme.text, fontsize=8, **options)
+        axes.legend(frameon=False, labelcolor=theme.text, fontsize=8)
 
 
 DRAWN: Mapping[str, tuple[str, Draw]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import platform
@@ -91,8 +90,10 @@ def _outcomes(part: Part, cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Ce
             yield cell, _attempt(partial(measured, part.compute, cell))
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_the_parent) as pool:
-        waiting = {pool.submit(measured, part.compute, cell): cell for cell in cells}
+    # A process for each cell: what an earlier one left would count as memory of the next.
+    options: dict[str, Any] = {"max_tasks_per_child": 1, "initializer": _end_with_the_parent}
+    with ProcessPoolExecutor(jobs, mp_context=context, **options) as pool:
+        waiting = {pool.submit(measured, part.compute, cell, own_process=True): cell for cell in cells}
         for future in as_completed(waiting):
             yield waiting[future], _attempt(future.result)
 
@@ -117,15 +118,14 @@ def _attempt(call: Callable[[], Outcome]) -> Outcome | Exception:
         return error
 
 
-def measured(function: str, cell: Cell) -> Outcome:
-    """Return the figures of a cell, and its seconds, peak memory and machine."""
+def measured(function: str, cell: Cell, own_process: bool = False) -> Outcome:
+    """Return the figures of a cell, and its seconds, machine and, in a process of its own, its peak memory."""
     _one_thread()
     started = time.perf_counter()
-    _forget_peak()
     figures = compute(function, cell)
     times = {
         "seconds": round(time.perf_counter() - started, 1),
-        "peak_mb": _peak(),
+        "peak_mb": _peak() if own_process else None,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         **figures.pop("times", {}),
     }
@@ -139,14 +139,8 @@ def _one_thread() -> None:
         torch.set_num_threads(1)
 
 
-def _forget_peak() -> None:
-    """Reset the peak of this process's memory, where Linux allows it."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
 def _peak() -> int | None:
-    """Return the most memory that this process has had since the last reset, in megabytes; None if it is not known."""
+    """Return the most memory that this process has had, in megabytes; None if it is not known."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:

@@ -49,8 +49,8 @@ have their papers' places and sizes otherwise.
   classes and the same in all cells: the mean over seeds, with the 95 % interval of Student's t. *Over the head alone*
   is the mean of the differences between cells of the same seed, with its interval; **bold** if the interval does not
   contain zero. *Tensors*: size of the saved adapter with its head. *Step*: median time on one thread. *Peak*: memory of
-  the whole process. *Fold*: time of a certified merge; `-` if a method does not fold. Times and peaks are those of the
-  runs that computed the cells, two at a time on a machine with two cores that had other work at times.
+  the whole process. *Fold*: time of a certified merge; `-` if a method does not fold. Times are those of the runs
+  that computed the cells, two at a time on a machine with two cores that had other work at times.
 - **Floor.** *{FLOOR}*: logistic (or ridge) regression on MiniLM's frozen sentence embeddings.
 """
 
@@ -71,7 +71,11 @@ def summary(folder: Path = FOLDER) -> Iterator[str]:
             continue
         others = [name_and_figure(own) for own in table.as_good(best)]
         answer = f"{name_and_figure(best)} is the highest mean"
-        answer += f"; not distinguishable from it: {', '.join(others)}" if others else "; all others are below it"
+        complete = sum(own.is_complete and own.planned > 1 for own in table.rows.values())
+        repeated = sum(names.values())
+        if complete < repeated:
+            answer += f" of {complete} methods with all seeds, of {repeated} planned"
+        answer += f"; not distinguishable from it: {', '.join(others)}" if others else "; the others are below it"
         yield f"| {question} | {answer} | {digests(best)} |"
     table = Table(settings[0][1], REPEATED, folder)
     if table.rows:
