@@ -30,7 +30,9 @@ def test_every_public_function_says_what_it_needs(name: str) -> None:
     words = required(function)
     error = refused(function, code="GC073")
     assert error.message.startswith(f"graftc.{name} needs ") and all(word in error.message for word in words)
-    assert error.hint == f"call graftc.{name}({', '.join(words)})"
+    parameters = inspect.signature(function).parameters
+    shown = [f"{word}=..." if parameters[word].kind is inspect.Parameter.KEYWORD_ONLY else word for word in words]
+    assert error.hint == f"call graftc.{name}({', '.join(shown)})"
     if len(words) > 1:
         error = refused(function, None, code="GC073")
         assert words[0] not in error.message and words[-1] in error.message
