@@ -5,7 +5,7 @@ Each rule was written before its cells were computed. None has been changed sinc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ HELD, NOT_HELD, UNSAID, MISSING = "held", "did not hold here", "cannot be said a
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the cells say of a claim.
+    """The verdict of the cells on a claim.
 
     Attributes:
         word: one of the four above.
@@ -56,9 +56,8 @@ def rates_differ(folder: Path) -> Verdict:
     full, lora = table.rows.get("full"), table.rows.get("LoRA")
     if full is None or lora is None:
         return Verdict(MISSING)
-    rates = [own.records[0].cell.rate for own in (lora, full)]
-    ratio = rates[0] / rates[1]
-    figure = f"{rates[0]:g} and {rates[1]:g}: {ratio:.2g} times"
+    ratio = lora.rate / full.rate
+    figure = f"{lora.rate:g} and {full.rate:g}: {ratio:.2g} times"
     if lora.is_at_the_end or full.is_at_the_end:
         return Verdict(UNSAID, f"{figure}, at the end of a sweep", (lora, full))
     return Verdict(HELD if 3 <= ratio <= 31 else NOT_HELD, figure, (lora, full))
@@ -70,8 +69,8 @@ def rate_is_that_of_every_rank(folder: Path) -> Verdict:
     if len(table.rows) < len(BY_RANK):
         return Verdict(MISSING)
     rows = [*table.rows.values()]
-    places = [LADDER.index(own.records[0].cell.rate) for own in rows]
-    figure = ", ".join(f"{own.row.name} {own.records[0].cell.rate:g}" for own in rows)
+    places = [LADDER.index(own.rate) for own in rows]
+    figure = ", ".join(f"{own.row.name} {own.rate:g}" for own in rows)
     if any(own.is_at_the_end for own in rows):
         return Verdict(UNSAID, f"{figure}; at the end of a sweep", rows)
     return Verdict(HELD if max(places) - min(places) <= 1 else NOT_HELD, figure, rows)
@@ -111,7 +110,7 @@ def large_batches_cost_more(folder: Path) -> Verdict:
     rows = [own for pair in pairs for own in pair if own is not None and own.is_complete]
     if len(rows) < 4:
         return Verdict(MISSING)
-    lora, full = (_differences(large, small) for small, large in zip(rows[::2], rows[1::2], strict=True))
+    lora, full = (large.differences(small) for small, large in zip(rows[::2], rows[1::2], strict=True))
     costs = Interval.of([full[seed] - lora[seed] for seed in lora])
     figure = f"LoRA {_points(Interval.of([*lora.values()]))}, full {_points(Interval.of([*full.values()]))}"
     return Verdict(_word(costs, 0.0), f"{figure}; the difference is {_points(costs)}", rows)
@@ -128,7 +127,7 @@ def prefixes_need_less_data(folder: Path) -> Verdict:
         rows += [full, prefix]
         shown.append(f"{per_class}: {_points(prefix.over(full))}")
         if per_class in FEW[:2]:
-            lowest += _differences(prefix, full).values()
+            lowest += prefix.differences(full).values()
     return Verdict(_word(Interval.of(lowest), 0.0), f"prefix over full by texts a class: {', '.join(shown)}", rows)
 
 
@@ -150,19 +149,14 @@ def _compared(table: Table, first: str, second: str, margin: float = 0.0) -> Ver
 
 
 def _word(interval: Interval, margin: float) -> str:
-    """Return what an interval of differences says of "not below ``-margin``"."""
+    """Return the verdict on "not below ``-margin``" by an interval of differences."""
     if interval.mean - interval.half > -margin:
         return HELD
     return NOT_HELD if interval.mean + interval.half < -margin else UNSAID
 
 
-def _differences(own: Trained, other: Trained) -> Mapping[int, float]:
-    theirs = {record.cell.seed: record.figures["test"] for record in other.records}
-    return {r.cell.seed: r.figures["test"] - theirs[r.cell.seed] for r in own.records}
-
-
 def _points(interval: Interval) -> str:
-    return f"{100 * interval.mean:+.1f} ± {100 * interval.half:.1f} points"
+    return f"{interval.shown(scale=100, sign='+')} points"
 
 
 _ABOVE = "the interval of the differences is above zero"

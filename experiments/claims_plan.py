@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from experiments.cells import Cell, Known, Part
+from experiments.cells import Part
 from experiments.tasks import texts_of
 from experiments.training_plans import (
     BATCH,
@@ -17,8 +17,9 @@ from experiments.training_plans import (
     VECTORS,
     WEIGHTS,
     Row,
+    Rows,
     Setting,
-    row_cells,
+    classifiers,
     setting_of,
 )
 
@@ -68,7 +69,7 @@ def few(per_class: int, quick: bool = False) -> Setting:
     return setting_of("claims", "r8", texts, quick, batch=(min(BATCH[0], texts), BATCH[1]), seeds=range(3))
 
 
-def tables(quick: bool = False) -> Iterator[tuple[Setting, Mapping[Row, bool]]]:
+def tables(quick: bool = False) -> Iterator[tuple[Setting, Rows]]:
     """Yield every setting with its rows, and whether they are trained with all seeds."""
     one_seed, all_seeds = dict.fromkeys(BY_RANK, False), dict.fromkeys((*BY_PLACE, *MIXTURE), True)
     if quick:
@@ -82,13 +83,4 @@ def tables(quick: bool = False) -> Iterator[tuple[Setting, Mapping[Row, bool]]]:
 
 def claims(quick: bool = False) -> Part:
     """Return the part with the cells of claims."""
-
-    def plan(known: Known) -> tuple[Cell, ...]:
-        return tuple(
-            cell
-            for setting, rows in tables(quick)
-            for row, repeated in rows.items()
-            for cell in row_cells(setting, row, known, repeated)
-        )
-
-    return Part("claims", "experiments.classifying:figures", "experiments.tasks:files_of", plan)
+    return classifiers("claims", lambda: tables(quick))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.decoder_plan import BATCH, NEW_TOKENS, RECORDS, ROWS, SEEDS, STEPS, TESTED, DecoderSetting
 from experiments.grammar import HELD_OUT, REFERENCES, TRAINED
-from experiments.rows import Interval, Table, Trained, digests
+from experiments.rows import Table, Trained, digests, rate_of
 from experiments.store import FOLDER
 from experiments.training_page import unit
 
@@ -34,30 +34,21 @@ All are means over seeds with intervals as above. LoRA's alpha is 16 at every ra
 def section(folder: Path = FOLDER) -> Iterator[str]:
     """Yield the section."""
     yield _HEAD
-    table = Table(DecoderSetting(), {row: row.fields is not None for row in ROWS.values()}, folder)
+    table = Table(DecoderSetting(), ROWS, folder)
     if table.rows:
         yield f"| {' | '.join(('method', 'trained', 'rate', *_COLUMNS.values(), 'step', 'peak', 'cells'))} |"
         yield f"| --- |{' ---: |' * (len(_COLUMNS) + 4)} --- |"
         yield from map(_line, table.rows.values())
         yield ""
-    missing = table.planned - len(table.rows)
-    if missing:
-        yield f"{missing} of {table.planned} rows have not been computed yet.\n"
-    yield "```\npython -m experiments decoder\n```\n"
+    yield from table.ending("decoder")
 
 
 def _line(own: Trained) -> str:
-    rate = own.records[0].cell.rate
     values = (
-        f"{own.records[0].figures['trained']:,}",
-        (f"{rate:g}" + ("*" if own.is_at_the_end else "")) if rate else "-",
-        *(_shown(own.interval(name), 3 if name.startswith("loss") else 1) for name in _COLUMNS),
+        f"{own.trained:,}",
+        rate_of(own),
+        *(own.interval(name).shown(3 if name.startswith("loss") else 1) for name in _COLUMNS),
         unit(own.time("step_ms"), "ms"),
         unit(own.time("peak_mb"), "MB"),
     )
     return f"| {' | '.join((own.row.name, *values, digests(own)))} |"
-
-
-def _shown(interval: Interval, digits: int) -> str:
-    mean = f"{interval.mean:.{digits}f}"
-    return mean if interval.half != interval.half else f"{mean} ± {interval.half:.{digits}f}"

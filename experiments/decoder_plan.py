@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.cells import Cell, Known, Part
-from experiments.training_plans import FACTORS, LAYERS, VECTORS, Row, row_cells
+from experiments.cells import Cell, Part
+from experiments.training_plans import FACTORS, LAYERS, VECTORS, Row, Rows, plan_of
 
 SEEDS = range(3)
 STEPS, BATCH, RECORDS, TESTED, NEW_TOKENS = 80, 4, 400, 40, 64
@@ -28,13 +28,14 @@ _LISTED: Sequence[Row] = (
     Row("Pfeiffer", {"method": "pfeiffer"}, FACTORS, head=()),
     Row("SpIEL", {"method": "spiel", **_LINEAR, "equivalent_rank": 16}, 3e-4, "aged", head=()),
 )
-"""All of them are trained with every seed. LoRA's alpha is the same at every rank."""
-ROWS = {row.name: row for row in _LISTED}
+"""LoRA's alpha is the same at every rank."""
+ROWS: Rows = {row: row.fields is not None for row in _LISTED}
+"""All are trained with every seed, except the model as it is, which does not depend on one."""
 
 
 @dataclass(frozen=True)
 class DecoderSetting:
-    """What the cells have in common.
+    """The settings that all cells of the decoder share.
 
     Attributes:
         quick: whether cells are tiny.
@@ -65,14 +66,6 @@ class DecoderSetting:
 
 def decoder(quick: bool = False) -> Part:
     """Return the part that trains a decoder."""
-    setting, names = DecoderSetting(quick), [*ROWS][:3] if quick else [*ROWS]
-
-    def plan(known: Known) -> tuple[Cell, ...]:
-        # The model as it is does not depend on a seed.
-        return tuple(
-            cell
-            for name in names
-            for cell in row_cells(setting, ROWS[name], known, repeated=ROWS[name].fields is not None)
-        )
-
+    rows = dict([*ROWS.items()][:3]) if quick else ROWS
+    plan = plan_of(lambda: [(DecoderSetting(quick), rows)])
     return Part("decoder", "experiments.generating:figures", "experiments.plans:model_files", plan)

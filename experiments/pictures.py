@@ -5,6 +5,7 @@ Each is written twice, for light and for dark pages, as SVG with the same bytes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 from experiments.cells import ROOT
 from experiments.claims_plan import FEW, LOW_DATA, few
-from experiments.rows import Table, Trained
+from experiments.rows import Table
 from experiments.store import FOLDER
 from experiments.training_plans import ALONE, FLOOR, LADDER, REPEATED, encoder_settings
 
@@ -50,13 +51,13 @@ def over_parameters(axes: Any, theme: Theme, folder: Path) -> bool:
             place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": 8}
             axes.text(1, mean, name, color=theme.text, **place)
     shown = [own for name, own in table.rows.items() if name not in (ALONE, FLOOR)]
-    for own in sorted(shown, key=_trained):
+    for own in sorted(shown, key=lambda own: own.trained):
         interval = own.interval()
-        half = 0 if interval.half != interval.half else 100 * interval.half
+        half = 0 if math.isnan(interval.half) else 100 * interval.half
         colour = theme.series[0] if half else theme.series[5]
-        axes.errorbar(_trained(own), 100 * interval.mean, yerr=half or None, fmt="o", markersize=4, color=colour)
+        axes.errorbar(own.trained, 100 * interval.mean, yerr=half or None, fmt="o", markersize=4, color=colour)
         place = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": 7, "color": theme.text}
-        axes.annotate(own.row.name, (_trained(own), 100 * interval.mean), **place)
+        axes.annotate(own.row.name, (own.trained, 100 * interval.mean), **place)
     axes.set_xscale("log")
     axes.set_xlabel("trained values, besides the head")
     axes.set_ylabel("test accuracy, %")
@@ -160,7 +161,3 @@ def _axes(theme: Theme) -> Iterator[tuple[Any, Any]]:
         axes.set_axisbelow(True)
         yield figure, axes
         pyplot.close(figure)
-
-
-def _trained(own: Trained) -> int:
-    return int(own.records[0].figures["trained"])

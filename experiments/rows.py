@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
-from experiments.cells import SHOWN, canonical
-from experiments.store import FOLDER, Record, Store, whole_lines
-from experiments.training_plans import Repeated, Row, swept
+from experiments.cells import SHOWN
+from experiments.store import FOLDER, Record, Store
+from experiments.training_plans import Repeated, Row, Rows, best_cells, swept_row
 
 CONFIDENCE = 0.95
 
@@ -33,6 +33,17 @@ class Interval:
             return cls(values[0], math.nan)
         error = statistics.stdev(values) / math.sqrt(len(values))
         return cls(statistics.fmean(values), error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)))
+
+    def shown(self, digits: int = 1, scale: float = 1.0, sign: str = "") -> str:
+        """Return the interval as text, the mean alone where there is one value.
+
+        Args:
+            digits: digits behind the point.
+            scale: a factor of what is shown, such as 100 for percent.
+            sign: ``+`` to show the sign of a positive mean as well.
+        """
+        mean = f"{scale * self.mean:{sign}.{digits}f}"
+        return mean if math.isnan(self.half) else f"{mean} ± {scale * self.half:.{digits}f}"
 
     @property
     def is_above_zero(self) -> bool:
@@ -68,6 +79,16 @@ class Trained:
         """Whether all planned seeds are there."""
         return len(self.records) == self.planned
 
+    @property
+    def rate(self) -> float:
+        """The best rate; 0 without a method."""
+        return self.records[0].cell.rate
+
+    @property
+    def trained(self) -> int:
+        """The number of values that train besides the head."""
+        return int(self.records[0].figures["trained"])
+
     def values(self, figure: str) -> list[float]:
         """Return a figure of every cell that has it."""
         return [record.figures[figure] for record in self.records if record.figures.get(figure) is not None]
@@ -76,10 +97,15 @@ class Trained:
         """Return the interval of a figure."""
         return Interval.of(self.values(figure))
 
-    def over(self, other: Trained, figure: str = "test") -> Interval:
-        """Return the interval of the differences from another row in the cells of the same seeds."""
-        theirs = {record.cell.seed: record.figures[figure] for record in other.records}
-        return Interval.of([r.figures[figure] - theirs[r.cell.seed] for r in self.records if r.cell.seed in theirs])
+    def differences(self, other: Trained) -> dict[int, float]:
+        """Return the differences of test scores from another row in the cells of the same seeds, by seed."""
+        theirs = {record.cell.seed: record.figures["test"] for record in other.records}
+        shared = [record for record in self.records if record.cell.seed in theirs]
+        return {record.cell.seed: record.figures["test"] - theirs[record.cell.seed] for record in shared}
+
+    def over(self, other: Trained) -> Interval:
+        """Return the interval of these differences."""
+        return Interval.of([*self.differences(other).values()])
 
     def time(self, name: str) -> float | None:
         """Return the median of a time over the cells; None if it was not measured."""
@@ -91,58 +117,59 @@ class Table:
     """The rows of a setting that have been trained, in the order of the plan.
 
     Args:
-        setting: what the cells have in common.
+        setting: the settings that all cells share.
         rows: the rows, and for each whether it is trained with all seeds.
         folder: where the cells are stored.
     """
 
-    def __init__(self, setting: Repeated, rows: Mapping[Row, bool], folder: Path = FOLDER) -> None:
-        store = Store(setting.part, folder)
-        records = {canonical(record.cell.to_json()): record for record in store.records().values()}
-        lines = map(json.loads, whole_lines(store.times))
-        self._times = {line["digest"]: line for line in lines}
-        self._records = records
-        self.setting, self.planned = setting, len(rows)
+    def __init__(self, setting: Repeated, rows: Rows, folder: Path = FOLDER) -> None:
+        self._setting, self._store, self.planned = setting, Store(setting.part, folder), len(rows)
+        self._times = {digest: json.loads(line) for digest, line in self._store.time_lines().items()}
         trained = (self._trained(row, repeated) for row, repeated in rows.items())
         self.rows = {own.row.name: own for own in trained if own is not None}
 
-    def _figures(self, cell: Any) -> Mapping[str, Any] | None:
-        record = self._records.get(canonical(cell.to_json()))
-        return None if record is None else record.figures
-
     def _trained(self, row: Row, repeated: bool) -> Trained | None:
-        seeds = self.setting.seeds if repeated else self.setting.seeds[:1]
-        at: Callable[[float], Any] = lambda rate: self.setting.cell(row, rate, seeds[0])  # noqa: E731
-        best: float | None = 0.0
-        is_at_the_end = False
-        if row.fields is not None:
-            cells, best = swept(at, row.middle, self._figures)
-            is_at_the_end = best in (cells[0].rate, cells[-1].rate)
+        cells, best = swept_row(self._setting, row, self._store.known)
         if best is None:
             return None
-        keys = [canonical(self.setting.cell(row, best, seed).to_json()) for seed in seeds]
-        records = [self._records[key] for key in keys if key in self._records]
+        planned = best_cells(self._setting, row, best, repeated)
+        records = [record for record in map(self._store.record, planned) if record is not None]
         if not records:
             return None
-        return Trained(row, records, [self._times.get(r.digest, {}) for r in records], is_at_the_end, len(seeds))
+        times = [self._times.get(record.digest, {}) for record in records]
+        is_at_the_end = bool(cells) and best in (cells[0].rate, cells[-1].rate)
+        return Trained(row, records, times, is_at_the_end, len(planned))
 
     def sweep(self, row: Row) -> Iterator[tuple[float, Mapping[str, Any]]]:
         """Yield the rates of a row's sweep with the figures of their cells."""
-        cells, _ = swept(lambda rate: self.setting.cell(row, rate, self.setting.seeds[0]), row.middle, self._figures)
-        for cell in cells:
-            figures = self._figures(cell)
+        for cell in swept_row(self._setting, row, self._store.known)[0]:
+            figures = self._store.known(cell)
             if figures is not None:
                 yield cell.rate, figures
 
+    @property
+    def complete(self) -> list[Trained]:
+        """The rows with several seeds, all of which are there."""
+        return [own for own in self.rows.values() if own.is_complete and own.planned > 1]
+
     def best(self) -> Trained | None:
-        """Return the repeated row with the highest mean, once all its seeds are there; None if there is none."""
-        complete = [own for own in self.rows.values() if own.is_complete and own.planned > 1]
-        return max(complete, key=lambda own: own.interval().mean, default=None)
+        """Return the complete row with the highest mean; None if there is none."""
+        return max(self.complete, key=lambda own: own.interval().mean, default=None)
 
     def as_good(self, best: Trained) -> list[Trained]:
         """Return the other complete rows whose difference from the best one is not distinguishable from zero."""
-        others = [own for own in self.rows.values() if own is not best and own.is_complete and own.planned > 1]
-        return [own for own in others if not best.over(own).is_above_zero]
+        return [own for own in self.complete if own is not best and not best.over(own).is_above_zero]
+
+    def ending(self, command: str) -> Iterator[str]:
+        """Yield the lines below a table: the number of rows that are missing, and the command that computes them."""
+        if missing := self.planned - len(self.rows):
+            yield f"{missing} of {self.planned} rows have not been computed yet.\n"
+        yield f"```\npython -m experiments {command}\n```\n"
+
+
+def rate_of(own: Trained) -> str:
+    """Return a row's best rate as it is shown, marked if it is at the end of its sweep."""
+    return f"{own.rate:g}{'*' if own.is_at_the_end else ''}" if own.rate else "-"
 
 
 def digests(own: Trained) -> str:

@@ -66,17 +66,26 @@ class Store:
     def __init__(self, part: str, folder: Path = FOLDER) -> None:
         self.path = folder / f"{part}.jsonl"
         self.times = folder / f"{part}.times.jsonl"
-        self._by_cell: dict[str, Mapping[str, Any]] | None = None
+        self._by_cell: dict[str, Record] | None = None
 
     def records(self) -> dict[str, Record]:
         """Return the records by their digests. A last line without an end is left out."""
         return {record.digest: record for record in map(record_of, whole_lines(self.path))}
 
-    def known(self, cell: Cell) -> Mapping[str, Any] | None:
-        """Return the figures of a cell, whatever they were computed from; None if there are none."""
+    def record(self, cell: Cell) -> Record | None:
+        """Return the record of a cell, whatever it was computed from; None if there is none. The file is read once."""
         if self._by_cell is None:
-            self._by_cell = {canonical(record.cell.to_json()): record.figures for record in self.records().values()}
+            self._by_cell = {canonical(record.cell.to_json()): record for record in self.records().values()}
         return self._by_cell.get(canonical(cell.to_json()))
+
+    def known(self, cell: Cell) -> Mapping[str, Any] | None:
+        """Return the figures of a cell as for `record`."""
+        record = self.record(cell)
+        return None if record is None else record.figures
+
+    def time_lines(self) -> dict[str, str]:
+        """Return the lines of the file of times by the digests of their cells."""
+        return {json.loads(line)["digest"]: line for line in whole_lines(self.times)}
 
     def mend(self) -> None:
         """Remove the incomplete last line that a killed run leaves."""
@@ -98,7 +107,7 @@ class Store:
         """
         records = self.records()
         computed = [digest for digest in dict.fromkeys(planned) if digest in records]
-        times = {json.loads(line)["digest"]: line for line in whole_lines(self.times)}
+        times = self.time_lines()
         replace(self.path, "".join(records[digest].line() for digest in computed))
         replace(self.times, "".join(times[digest] for digest in computed if digest in times))
 

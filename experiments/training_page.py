@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments.pictures import shown
-from experiments.rows import Interval, Table, Trained, digests
+from experiments.rows import Interval, Table, Trained, digests, rate_of
 from experiments.store import FOLDER
 from experiments.tasks import TESTED, VALIDATION
 from experiments.training_plans import (
@@ -71,8 +71,7 @@ def summary(folder: Path = FOLDER) -> Iterator[str]:
             continue
         others = [name_and_figure(own) for own in table.as_good(best)]
         answer = f"{name_and_figure(best)} is the highest mean"
-        complete = sum(own.is_complete and own.planned > 1 for own in table.rows.values())
-        repeated = sum(names.values())
+        complete, repeated = len(table.complete), sum(names.values())
         if complete < repeated:
             answer += f" of {complete} methods with all seeds, of {repeated} planned"
         answer += f"; not distinguishable from it: {', '.join(others)}" if others else "; the others are below it"
@@ -128,10 +127,7 @@ def _section(title: str, table: Table, command: str) -> Iterator[str]:
         yield from _table(table)
         yield ""
         yield from _statement(table)
-    missing = table.planned - len(table.rows)
-    if missing:
-        yield f"{missing} of {table.planned} rows have not been computed yet.\n"
-    yield f"```\npython -m experiments {command}\n```\n"
+    yield from table.ending(command)
 
 
 def _table(table: Table) -> Iterator[str]:
@@ -140,11 +136,10 @@ def _table(table: Table) -> Iterator[str]:
     alone = table.rows.get(ALONE)
     for own in table.rows.values():
         figures = own.records[0].figures
-        rate = own.records[0].cell.rate
         over = own.over(alone) if alone is not None and own is not alone else None
         values = (
-            f"{figures['trained']:,}",
-            (f"{rate:g}" + ("*" if own.is_at_the_end else "")) if rate else "-",
+            f"{own.trained:,}",
+            rate_of(own),
             percent(own.interval()),
             "-" if over is None else signed(over),
             percent(own.interval("macro_f1")) if own.values("macro_f1") else "-",
@@ -176,16 +171,12 @@ def _listed(names: Sequence[str]) -> str:
 
 def percent(interval: Interval) -> str:
     """Return an interval in percent."""
-    mean = f"{100 * interval.mean:.1f}"
-    return mean if interval.half != interval.half else f"{mean} ± {100 * interval.half:.1f}"
+    return interval.shown(scale=100)
 
 
 def signed(interval: Interval) -> str:
-    """Return an interval of differences in points."""
-    shown = f"{100 * interval.mean:+.1f}"
-    if interval.half != interval.half:
-        return shown
-    shown = f"{shown} ± {100 * interval.half:.1f}"
+    """Return an interval of differences in points, in bold if it does not contain zero."""
+    shown = interval.shown(scale=100, sign="+")
     return f"**{shown}**" if interval.is_above_zero or interval.is_below_zero else shown
 
 

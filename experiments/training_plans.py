@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -124,7 +124,7 @@ COMPARED = {ROWS[name]: True for name in _COMPARED}
 
 @dataclass(frozen=True)
 class Setting:
-    """What the cells of one table have in common.
+    """The settings that all cells of a table share.
 
     Attributes:
         part: the name of the part.
@@ -183,7 +183,7 @@ def swept(cell_at: Callable[[float], Cell], middle: float, known: Known) -> tupl
 
 
 class Repeated(Protocol):
-    """What the cells of one table have in common: seeds, the first of which sweeps use."""
+    """The settings that all cells of a table share; sweeps use the first of the seeds."""
 
     @property
     def part(self) -> str:
@@ -197,16 +197,42 @@ class Repeated(Protocol):
         """Return a cell of a row."""
 
 
+Rows = Mapping[Row, bool]
+"""The rows of a table, and for each whether it is trained with all seeds."""
+
+
+def swept_row(setting: Repeated, row: Row, known: Known) -> tuple[list[Cell], float | None]:
+    """Return a row's sweep as `swept` does. A row without a method has no rate: its sweep is empty, and the rate 0."""
+    if row.fields is None:
+        return [], 0.0
+    return swept(lambda rate: setting.cell(row, rate, setting.seeds[0]), row.middle, known)
+
+
+def best_cells(setting: Repeated, row: Row, rate: float, repeated: bool) -> list[Cell]:
+    """Return the cells of a row at its best rate, by seed."""
+    return [setting.cell(row, rate, seed) for seed in (setting.seeds if repeated else setting.seeds[:1])]
+
+
 def row_cells(setting: Repeated, row: Row, known: Known, repeated: bool) -> Iterator[Cell]:
     """Yield the cells of a row."""
-    seeds = setting.seeds if repeated else setting.seeds[:1]
-    if row.fields is None:
-        yield from (setting.cell(row, 0.0, seed) for seed in seeds)
-        return
-    cells, best = swept(lambda rate: setting.cell(row, rate, seeds[0]), row.middle, known)
+    cells, best = swept_row(setting, row, known)
     yield from cells
     if best is not None:
-        yield from (setting.cell(row, best, seed) for seed in seeds[1:])
+        yield from (cell for cell in best_cells(setting, row, best, repeated) if cell not in cells)
+
+
+def plan_of(tables: Callable[[], Iterable[tuple[Repeated, Rows]]]) -> Callable[[Known], tuple[Cell, ...]]:
+    """Return the plan of a part that consists of tables, each a setting with its rows."""
+
+    def plan(known: Known) -> tuple[Cell, ...]:
+        return tuple(
+            cell
+            for setting, rows in tables()
+            for row, repeated in rows.items()
+            for cell in row_cells(setting, row, known, repeated)
+        )
+
+    return plan
 
 
 def encoder_settings(quick: bool = False) -> tuple[Setting, ...]:
@@ -237,17 +263,14 @@ def tasks(quick: bool = False) -> Part:
     return _part("tasks", task_settings, _first(COMPARED, 3) if quick else COMPARED, quick)
 
 
-def _first(rows: Mapping[Row, bool], count: int) -> Mapping[Row, bool]:
+def _first(rows: Rows, count: int) -> Rows:
     return dict([*rows.items()][:count])
 
 
-def _part(name: str, settings: Callable[[bool], tuple[Setting, ...]], rows: Mapping[Row, bool], quick: bool) -> Part:
-    def plan(known: Known) -> tuple[Cell, ...]:
-        return tuple(
-            cell
-            for setting in settings(quick)
-            for row, repeated in rows.items()
-            for cell in row_cells(setting, row, known, repeated)
-        )
+def _part(name: str, settings: Callable[[bool], tuple[Setting, ...]], rows: Rows, quick: bool) -> Part:
+    return classifiers(name, lambda: ((setting, rows) for setting in settings(quick)))
 
-    return Part(name, "experiments.classifying:figures", "experiments.tasks:files_of", plan)
+
+def classifiers(name: str, tables: Callable[[], Iterable[tuple[Repeated, Rows]]]) -> Part:
+    """Return a part whose cells train the encoder."""
+    return Part(name, "experiments.classifying:figures", "experiments.tasks:files_of", plan_of(tables))

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import generating
-from experiments.decoder_plan import PLAIN, ROWS, DecoderSetting
+from experiments import decoder_plan, generating
+from experiments.decoder_plan import PLAIN, DecoderSetting
 from experiments.generating import Encoded
 from experiments.grammar import HELD_OUT, REFERENCES, TRAINED, examples
 from experiments.sources import base_of
 
 QUICK = DecoderSetting(quick=True)
+ROWS = {row.name: row for row in decoder_plan.ROWS}
 
 
 def test_groups_of_categories_share_nothing() -> None:
@@ -71,7 +72,7 @@ def test_a_model_that_writes_the_targets_has_full_scores(monkeypatch: pytest.Mon
 @pytest.mark.sample("LoRA, rank 4")
 @pytest.mark.parametrize("name", [PLAIN, "LoRA, rank 4", "prompt", "prefix", "SpIEL"])
 def test_rows_train_and_write(name: str) -> None:
-    """The same cell has the same figures."""
+    """Computing a cell twice gives the same figures."""
     cell = QUICK.cell(ROWS[name], 1e-3, 0).to_json()
     first, second = generating.figures(cell), generating.figures(cell)
     first.pop("times"), second.pop("times")

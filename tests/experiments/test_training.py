@@ -107,7 +107,7 @@ def test_a_class_has_as_many_texts_as_asked_for() -> None:
 @pytest.mark.sample(FLOOR, "LoRA")
 @pytest.mark.parametrize("name", [FLOOR, ALONE, "LoRA", "prompt", "SpIEL", "mask", "LT-SFT"])
 def test_rows_train(name: str) -> None:
-    """The same cell has the same figures; what trains besides the head is counted, and merges are what they fold."""
+    """Computing a cell twice gives the same figures; values outside the head are counted, and merges are exact."""
     row = ROWS[name]
     cell = QUICK.cell(row, 1e-3, 0).to_json()
     torch.manual_seed(5)
