@@ -38,7 +38,7 @@ class Trial:
         rate: the learning rate.
         seed: the seed.
         score: its score, by which rates are compared; NaN if training diverged.
-        test: its test score; NaN if there is no test, or the rate was not the best one.
+        test: its test score; NaN if it was not tested, as at any rate other than the best.
     """
 
     rate: float
@@ -111,9 +111,9 @@ def sweep(
         rates: the learning rates, for example ``[3e-4, 1e-3, 3e-3]``.
         seeds: the seeds, of which the first compares the rates.
         test: a function that returns the test score of a model at the best rate.
-        folder: the folder for the scores and the trained models. If the process is killed, the same call
-            resumes; with more rates or seeds, it computes only what is new. Use another folder after changing one of
-            the functions or the data.
+        folder: the folder for the scores and the trained models. If the process is killed, the same call resumes; with
+            more rates or seeds, it computes only what is new. Use another folder after changing one of the functions or
+            the data.
 
     Returns:
         The trials, the best rate, and its model.
@@ -126,22 +126,22 @@ def sweep(
     for name, function in (("train", train), ("score", score), ("test", test)):
         if not callable(function) and not (name == "test" and function is None):
             raise GraftError("GC073", f"{name} is {kind_of(function)}", hint=f"pass a function as {name}")
-    chosen, numbers = _checked_rates(rates), _checked_seeds(seeds)
+    sorted_rates, distinct_seeds = _checked_rates(rates), _checked_seeds(seeds)
     loaded = spec_for(spec, model, example_inputs)
     place = as_path(folder) if folder is not None else None
     if place is not None:
         begin_recipe(place, {"sweep": loaded.model_dump(mode="json")})
-    kept = None if examples is None else list(examples)
+    batches = None if examples is None else list(examples)  # every training reads them again
 
     def trained(rate: float, seed: int) -> Compiled:
         own = None if place is None else place / _name(rate, seed)
         at_rate: Train = lambda compiled, stage: train(compiled, replace(stage, rate=rate))  # noqa: E731
         return tune(
-            loaded, model, at_rate, examples=kept, loss=loss, folder=own, example_inputs=example_inputs, seed=seed
+            loaded, model, at_rate, examples=batches, loss=loss, folder=own, example_inputs=example_inputs, seed=seed
         )
 
     with alone_in(place):
-        return _Trials(trained, score, test, place).run(chosen, numbers)
+        return _Trials(trained, score, test, place).run(sorted_rates, distinct_seeds)
 
 
 def _name(rate: float, seed: int) -> str:
@@ -231,23 +231,41 @@ def _finite(value: float) -> float:
 
 
 def _checked_rates(rates: Any) -> list[float]:
+    """Return learning rates from the lowest to the highest.
+
+    Raises:
+        GraftError: GC073 if they are not positive numbers, or one occurs twice.
+    """
     hint = "list learning rates, for example [3e-4, 1e-3, 3e-3]"
-    if isinstance(rates, str | bytes | Mapping) or not isinstance(rates, Iterable):
-        raise GraftError("GC073", f"rates is {kind_of(rates)}", hint=hint)
-    given = list(rates)
-    wrong = [r for r in given if isinstance(r, bool) or not isinstance(r, int | float) or not 0 < r < math.inf]
-    if wrong or not given:
-        raise GraftError("GC073", f"rates has {wrong[0]!r}" if wrong else "rates is empty", hint=hint)
-    if twice := [rate for number, rate in enumerate(given) if rate in given[:number]]:
+    for rate in (listed := _listed(rates, "rates", hint)):
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise GraftError("GC073", f"rates has {rate!r}", hint=hint)
+    if twice := [rate for number, rate in enumerate(listed) if rate in listed[:number]]:
         raise GraftError("GC073", f"rates has {twice[0]:g} twice", hint=hint)
-    return sorted(float(rate) for rate in given)
+    return sorted(map(float, listed))
 
 
 def _checked_seeds(seeds: Any) -> list[int]:
+    """Return seeds in their order.
+
+    Raises:
+        GraftError: GC073 if they are not 64-bit integers, or one occurs twice.
+    """
     hint = "list whole numbers, for example range(5)"
-    if isinstance(seeds, str | bytes | Mapping) or not isinstance(seeds, Iterable):
-        raise GraftError("GC073", f"seeds is {kind_of(seeds)}", hint=hint)
-    given = [as_seed(seed) for seed in seeds]
-    if not given or len(set(given)) < len(given):
-        raise GraftError("GC073", "seeds is empty" if not given else "seeds has one twice", hint=hint)
-    return given
+    listed = [as_seed(seed) for seed in _listed(seeds, "seeds", hint)]
+    if len(set(listed)) < len(listed):
+        raise GraftError("GC073", "seeds has one twice", hint=hint)
+    return listed
+
+
+def _listed(values: Any, what: str, hint: str) -> list[Any]:
+    """Return the values of any series as a list.
+
+    Raises:
+        GraftError: GC073 if it is not a series of values, or is empty.
+    """
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise GraftError("GC073", f"{what} is {kind_of(values)}", hint=hint)
+    if not (listed := list(values)):
+        raise GraftError("GC073", f"{what} is empty", hint=hint)
+    return listed
