@@ -103,7 +103,7 @@ class Sources:
 
 def sources_of(part: Part, cell: Cell) -> Sources:
     """Return what a cell of a part depends on, as it is now."""
-    files = _function(part.files)(cell)
+    files = function_of(part.files)(cell)
     return Sources(code_digest(part, cell), data_digest(tuple(files)), versions())
 
 
@@ -195,7 +195,7 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _function(name: str) -> Any:
+def function_of(name: str) -> Any:
     """Return the function that ``module:function`` names."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
@@ -203,5 +203,5 @@ def _function(name: str) -> Any:
 
 def compute(function: str, cell: Cell) -> dict[str, Any]:
     """Return the figures of a cell by a part's ``module:function``."""
-    figures: dict[str, Any] = _function(function)(cell.to_json())
+    figures: dict[str, Any] = function_of(function)(cell.to_json())
     return figures

@@ -11,6 +11,15 @@ from pathlib import Path
 
 from experiments.claims_plan import BATCHES, BY_PLACE, BY_RANK, FEW, LOW_DATA, MIXTURE, few, large_batches, usual
 from experiments.pictures import shown
+from experiments.probes_plan import (
+    ATTENTION,
+    COMPOSITION,
+    DIRECTIONS,
+    attention_setting,
+    composition_setting,
+    directions_setting,
+    with_seeds,
+)
 from experiments.rows import Interval, Table, Trained, digests
 from experiments.store import FOLDER
 from experiments.training_plans import LADDER, REPEATED, Row, encoder_settings
@@ -42,12 +51,14 @@ class Claim:
         source: the paper.
         rule: when it is said to hold.
         judge: a function that returns the verdict of the cells in a folder.
+        part: the part that computes the cells which no table has.
     """
 
     text: str
     source: str
     rule: str
     judge: Callable[[Path], Verdict]
+    part: str = "claims"
 
 
 def rates_differ(folder: Path) -> Verdict:
@@ -131,6 +142,48 @@ def prefixes_need_less_data(folder: Path) -> Verdict:
     return Verdict(_word(Interval.of(lowest), 0.0), f"prefix over full by texts a class: {', '.join(shown)}", rows)
 
 
+def changes_as_full_does(folder: Path) -> Verdict:
+    """Judge whether DoRA's changes of magnitudes and directions correlate as in full fine-tuning, unlike LoRA's."""
+    rows = _complete(Table(directions_setting(), with_seeds(DIRECTIONS), folder))
+    if rows is None:
+        return Verdict(MISSING)
+    full, lora, dora = rows
+    far, near = (own.differences(full, "correlation") for own in (lora, dora))
+    nearer = Interval.of([abs(far[seed]) - abs(near[seed]) for seed in far])
+    shown = ", ".join(f"{own.row.name} {own.interval('correlation').shown(2)}" for own in rows)
+    return Verdict(_word(nearer, 0.0), f"{shown}; DoRA is nearer to full by {nearer.shown(2, sign='+')}", rows)
+
+
+def sparse_changes_add_up(folder: Path) -> Verdict:
+    """Judge whether sparse changes that were trained on two tasks disturb each other less than dense ones."""
+    rows = _complete(Table(composition_setting(), with_seeds(COMPOSITION), folder))
+    if rows is None:
+        return Verdict(MISSING)
+    full, sparse = rows
+    over = sparse.over(full, "kept")
+    parts = ", ".join(f"{own.row.name} {_points(own.interval('kept'))}" for own in (sparse, full))
+    return Verdict(_word(over, 0.0), f"composed over alone: {parts}; the difference is {_points(over)}", rows)
+
+
+def special_tokens_are_attended(folder: Path) -> Verdict:
+    """Judge whether some head of every layer attends mostly to special tokens, before and after training PASTA."""
+    rows = _complete(Table(attention_setting(), with_seeds(ATTENTION), folder))
+    if rows is None:
+        return Verdict(MISSING)
+    plain, _, pasta = rows
+    over = [Interval.of([value - 0.5 for value in own.values("least")]) for own in (plain, pasta)]
+    word = _word(over[1], 0.0) if over[0].mean > 0 else NOT_HELD
+    parts = [f"{own.row.name} {own.interval('least').shown(scale=100)}" for own in rows]
+    even = plain.interval("even").shown(scale=100)
+    return Verdict(word, f"percent of attention in the layer with least: {', '.join(parts)}; even shares: {even}", rows)
+
+
+def _complete(table: Table) -> list[Trained] | None:
+    """Return the rows of a table; None unless all of them have all their cells."""
+    rows = [*table.rows.values()]
+    return rows if len(rows) == table.planned and all(own.is_complete for own in rows) else None
+
+
 def _encoder(folder: Path) -> Table:
     return Table(encoder_settings()[0], REPEATED, folder)
 
@@ -187,6 +240,14 @@ CLAIMS: Sequence[Claim] = (
     ),
     Claim("DoRA is better than LoRA at the same rank.", "Liu et al. 2024, DoRA", _ABOVE, magnitude_helps),
     Claim(
+        "DoRA changes magnitudes and directions of weights as full fine-tuning does, and LoRA does not.",
+        "Liu et al. 2024, DoRA",
+        "the correlation of both changes over the layers, at four moments of training, is nearer to full fine-tuning's "
+        "than LoRA's is: the interval of the difference of distances is above zero",
+        changes_as_full_does,
+        "directions",
+    ),
+    Claim(
         "With little data, a prefix is better than full fine-tuning.",
         "Li and Liang 2021, Prefix-Tuning",
         f"on R8 with one and two texts a class together, {_ABOVE}",
@@ -210,6 +271,22 @@ CLAIMS: Sequence[Claim] = (
         _ABOVE,
         sparse_over_low_rank,
     ),
+    Claim(
+        "Sparse fine-tunings of two tasks can be added: they disturb each other less than dense ones.",
+        "Ansell et al. 2022, LT-SFT",
+        "R8 and 20 Newsgroups, 1,000 texts each; the figure is the mean accuracy of both tasks with both changes "
+        f"added, less that with each task's own change; {_ABOVE}",
+        sparse_changes_add_up,
+        "composition",
+    ),
+    Claim(
+        "Special tokens get much attention in every layer, so that vectors added to them reach the other tokens.",
+        "Yang et al. 2023, PASTA",
+        "in every layer, the head that attends to them most gives them over half of its attention, as the model is and "
+        "after training with PASTA",
+        special_tokens_are_attended,
+        "attention",
+    ),
 )
 
 
@@ -228,5 +305,6 @@ def section(folder: Path = FOLDER) -> Iterator[str]:
         verdict = claim.judge(folder)
         cells = " ".join(map(digests, verdict.rows))
         yield f"| {claim.text} ({claim.source}) | {claim.rule} | **{verdict.word}** | {verdict.figure} | {cells} |"
-    yield "\n```\npython -m experiments claims\n```\n"
+    commands = "\n".join(f"python -m experiments {part}" for part in dict.fromkeys(claim.part for claim in CLAIMS))
+    yield f"\n```\n{commands}\n```\n"
     yield from shown("little-data")

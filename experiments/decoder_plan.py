@@ -68,4 +68,4 @@ def decoder(quick: bool = False) -> Part:
     """Return the part that trains a decoder."""
     rows = dict([*ROWS.items()][:3]) if quick else ROWS
     plan = plan_of(lambda: [(DecoderSetting(quick), rows)])
-    return Part("decoder", "experiments.generating:figures", "experiments.plans:model_files", plan)
+    return Part("decoder", "experiments.generating:figures", "experiments.parity_plan:model_files", plan)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from experiments import claims
 from experiments import decoder_page as decoder
+from experiments import drift_page as drift
 from experiments.cells import ROOT, SHOWN
 from experiments.explaining import GATES, causes, misses
-from experiments.plans import BATCHES, DTYPES, RATE, STEPS, parity
+from experiments.parity_plan import BATCHES, DTYPES, RATE, STEPS, parity
 from experiments.store import FOLDER, Record, Store
 from experiments.training_page import sections, summary
 
@@ -72,7 +73,7 @@ def text(folder: Path = FOLDER) -> str:
     latest = {str(record.cell): record for record in Store("parity", folder).records().values()}
     order = {str(cell): number for number, cell in enumerate(_PARITY)}
     shown = sorted(latest.values(), key=lambda record: order.get(str(record.cell), len(order)))
-    training = (*sections(folder), *decoder.section(folder), *claims.section(folder))
+    training = (*sections(folder), *decoder.section(folder), *claims.section(folder), *drift.section(folder))
     parts = (_HEAD, *summary(folder), _PARITY_HEAD, *_parity(shown), "", *training)
     return "\n".join(parts).rstrip("\n") + "\n"
 

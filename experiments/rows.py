@@ -97,15 +97,15 @@ class Trained:
         """Return the interval of a figure."""
         return Interval.of(self.values(figure))
 
-    def differences(self, other: Trained) -> dict[int, float]:
-        """Return the differences of test scores from another row in the cells of the same seeds, by seed."""
-        theirs = {record.cell.seed: record.figures["test"] for record in other.records}
+    def differences(self, other: Trained, figure: str = "test") -> dict[int, float]:
+        """Return the differences of a figure from another row's in the cells of the same seeds, by seed."""
+        theirs = {record.cell.seed: record.figures[figure] for record in other.records}
         shared = [record for record in self.records if record.cell.seed in theirs]
-        return {record.cell.seed: record.figures["test"] - theirs[record.cell.seed] for record in shared}
+        return {record.cell.seed: record.figures[figure] - theirs[record.cell.seed] for record in shared}
 
-    def over(self, other: Trained) -> Interval:
+    def over(self, other: Trained, figure: str = "test") -> Interval:
         """Return the interval of these differences."""
-        return Interval.of([*self.differences(other).values()])
+        return Interval.of([*self.differences(other, figure).values()])
 
     def time(self, name: str) -> float | None:
         """Return the median of a time over the cells; None if it was not measured."""

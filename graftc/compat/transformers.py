@@ -60,11 +60,13 @@ def export_patches() -> dict[str, list[Any]] | None:
     """Return the patches that transformers applies to its models for an export, by kind of exporter.
 
     Each is a list whose items begin with the path of the patched object; changes to the list change what is applied.
-    The result is None if a version of transformers has no such lists.
+    The result is None if a version of transformers has no such lists, or has imported the objects by then (5.13).
     """
     from transformers.exporters import utils
 
     patches: dict[str, list[Any]] | None = getattr(utils, "_PATCHES", None)
+    if patches is None or any(not isinstance(patch[0], str) for kind in patches.values() for patch in kind):
+        return None
     return patches
 
 

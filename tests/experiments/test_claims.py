@@ -10,6 +10,14 @@ import pytest
 from experiments.cells import Sources
 from experiments.claims import CLAIMS, HELD, MISSING, NOT_HELD, UNSAID, section
 from experiments.claims_plan import BATCHES, BY_PLACE, BY_RANK, FEW, LOW_DATA, few, large_batches, usual
+from experiments.probes_plan import (
+    ATTENTION,
+    COMPOSITION,
+    DIRECTIONS,
+    attention_setting,
+    composition_setting,
+    directions_setting,
+)
 from experiments.store import Record, Store
 from experiments.training_plans import LADDER, ROWS, Repeated, Row, encoder_settings
 
@@ -92,6 +100,39 @@ def test_the_smallest_sizes_decide_of_prefixes(over: float, word: str, tmp_path:
         keep(tmp_path, few(size), full, [0.5, 0.51, 0.52])
         keep(tmp_path, few(size), prefix, [0.5 + own, 0.511 + own, 0.52 + own])
     assert JUDGES["prefixes_need_less_data"](tmp_path).word == word
+
+
+def probed(folder: Path, setting: Repeated, rows: Sequence[Row], figures: Sequence[Mapping[str, float]]) -> None:
+    """Store the cells of a probe, whose figures grow a little with the seed."""
+    store = Store(setting.part, folder)
+    for row, own in zip(rows, figures, strict=True):
+        rates = [0.0] if row.fields is None else LADDER[LADDER.index(row.middle) - 1 : LADDER.index(row.middle) + 2]
+        for rate in rates:
+            for seed in setting.seeds if rate == row.middle else setting.seeds[:1]:
+                values = {name: value + 1e-4 * seed for name, value in own.items()}
+                values |= {"validation": float(rate == row.middle)}
+                store.add(Record(setting.cell(row, rate, seed), Sources("", "", {}), values), {})
+
+
+@pytest.mark.parametrize(("dora", "word"), [(-0.2, HELD), (0.9, NOT_HELD)])
+def test_correlations_are_compared_by_their_distance_from_full(dora: float, word: str, tmp_path: Path) -> None:
+    """Full fine-tuning's is -0.5 and LoRA's 0.3: DoRA's is nearer, or farther away."""
+    probed(tmp_path, directions_setting(), DIRECTIONS, [{"correlation": value} for value in (-0.5, 0.3, dora)])
+    assert JUDGES["changes_as_full_does"](tmp_path).word == word
+
+
+@pytest.mark.parametrize(("sparse", "word"), [(-0.01, HELD), (-0.2, NOT_HELD)])
+def test_what_sums_keep(sparse: float, word: str, tmp_path: Path) -> None:
+    probed(tmp_path, composition_setting(), COMPOSITION, [{"kept": value} for value in (-0.1, sparse)])
+    assert JUDGES["sparse_changes_add_up"](tmp_path).word == word
+
+
+@pytest.mark.parametrize(("plain", "pasta", "word"), [(0.6, 0.7, HELD), (0.6, 0.4, NOT_HELD), (0.4, 0.7, NOT_HELD)])
+def test_special_tokens_need_half(plain: float, pasta: float, word: str, tmp_path: Path) -> None:
+    """As the model is and after training; what full fine-tuning does to attention is shown only."""
+    figures = [{"least": value, "even": 0.1} for value in (plain, 0.3, pasta)]
+    probed(tmp_path, attention_setting(), ATTENTION, figures)
+    assert JUDGES["special_tokens_are_attended"](tmp_path).word == word
 
 
 def test_ranks_of_equal_size() -> None:

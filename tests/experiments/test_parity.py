@@ -12,8 +12,8 @@ import torch
 from experiments import parity
 from experiments.cells import Cell, Sources
 from experiments.explaining import GATES, ROUNDED, UNKNOWN, causes, misses
-from experiments.plans import CAUSAL, METHODS
-from experiments.plans import parity as planned
+from experiments.parity_plan import CAUSAL, METHODS
+from experiments.parity_plan import parity as planned
 from experiments.store import Record
 
 PLANNED = planned(quick=True).plan(lambda _: None)
