@@ -19,9 +19,13 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_
 ALONE    := $(filter-out OMP_NUM_THREADS=% MKL_NUM_THREADS=%,$(TEST_ENV))
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
+# mypy takes as long as the other checks together.
+CHECKS   := @set -e; $(MAKE) --no-print-directory types & types=$$!; trap 'kill $$types 2>/dev/null || :' EXIT; \
+	$(MAKE) --no-print-directory style wheel; wait $$types
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint format wheel coverage page results bench bench-train bench-methods bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint style types format wheel coverage page results bench bench-train bench-methods bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,7 +57,9 @@ demo: setup ## the whole path on a pretrained encoder and real news (QUICK=1: un
 demo-llm: setup ## the whole path on a real chat model, beside peft: under 15 minutes (QUICK=1: under 4; OUT=DIR)
 	$(BIN)/python -m graftc demo --llm $(DEMO)
 
-test: lint wheel tests ## linters, types, layers, the wheel, and the tests
+test: setup ## linters, types, layers, the wheel, and the tests
+	$(CHECKS)
+	$(MAKE) --no-print-directory tests
 
 tests: setup ## what `make test` runs of the tests
 	$(PYTEST) -m "not full and not gate and not gpu" $(ARGS)
@@ -61,7 +67,8 @@ tests: setup ## what `make test` runs of the tests
 test-fast: setup ## the quick tests only (two minutes)
 	$(PYTEST) -m "not slow and not full and not gate and not gpu" $(ARGS)
 
-test-full: lint wheel ## every test that needs no GPU, the full product of methods and families too
+test-full: setup ## every test that needs no GPU, the full product of methods and families too
+	$(CHECKS)
 	$(PYTEST) -m "not gate and not gpu" $(ARGS)
 
 # The threads are those of each setting; the rest is as for `make tests`.
@@ -103,11 +110,15 @@ serve-vllm: setup .venv-vllm/.ready ## the same for vLLM, in an environment of i
 	.venv-vllm/bin/python -m pip uninstall -q -y torchaudio torchcodec
 	touch $@
 
-lint: setup ## ruff, mypy --strict, import layers
+lint: style types ## ruff, mypy --strict, import layers
+
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+types: setup
+	$(BIN)/mypy
 
 format: setup ## put the code in shape
 	$(BIN)/ruff check --fix .

@@ -156,6 +156,7 @@ def _is_module(name: str) -> bool:
     return _path(name).is_file()
 
 
+@cache
 def code_of(source: str) -> str:
     """Return Python source without comments, strings that are statements, and blank lines."""
     lines = source.splitlines()

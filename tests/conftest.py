@@ -73,8 +73,8 @@ LONGEST = frozenset(
         *("test_bank", "test_disabled_is_the_base"),
     }
 )
-"""Tests of the contract that take longest: ``make test`` does not run them for another setting or more families of a
-method (``variant = True``)."""
+"""Tests of the contract that take longest: ``make test`` runs each of them for a third of the classes, which depends on
+the names of both, and not for another setting or more families of a method (``variant = True``)."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -170,15 +170,20 @@ def _in_make_test(item: pytest.Function, family: str) -> bool:
     assert of is not None
     named = getattr(of, "contract_families", CONTRACT_FAMILIES)
     families = [family for family in named if family in of.families] or [of.families[0]]
-    chosen = families[zlib.crc32(f"{of.__module__}.{of.__qualname__}".encode()) % len(families)]
+    chosen = families[_drawn(f"{of.__module__}.{of.__qualname__}", len(families))]
     if getattr(of, "variant", False):
         return family == chosen and test not in LONGEST
     if not _is_deployment(item):
-        return family == chosen
+        return family == chosen and (test not in LONGEST or _drawn(f"{of.__qualname__}.{test}", 3) == 0)
     if test == "test_inductor":
         return False
     wanted = getattr(of, "folded" if test == "test_onnx_folded" else "exported", False)
     return wanted and family == of.families[0]
+
+
+def _drawn(name: str, count: int) -> int:
+    """Return a number below ``count`` that a name always has."""
+    return zlib.crc32(name.encode()) % count
 
 
 def _group(items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_name(file): ast.parse(file.read_text(encoding="utf-8")) for file in sorted(ROOT.rglob("*.py"))}
+MODULES = {module_name(file): file for file in sorted(ROOT.rglob("*.py"))}
 
 
 def imports(name: str, tree: ast.AST, local: bool = False) -> Iterator[Import]:
@@ -71,7 +72,16 @@ def imports(name: str, tree: ast.AST, local: bool = False) -> Iterator[Import]:
             yield from imports(name, child, local or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
-IMPORTS = {each for name, tree in MODULES.items() for each in imports(name, tree)}
+@cache
+def every_import() -> frozenset[Import]:
+    trees = ((name, ast.parse(file.read_text(encoding="utf-8"))) for name, file in MODULES.items())
+    return frozenset(each for name, tree in trees for each in imports(name, tree))
+
+
+@cache
+def edges() -> frozenset[tuple[str, str]]:
+    """Return the importer and the imported of every import within graftc."""
+    return frozenset(each[:2] for each in every_import() if each.imported in MODULES) - CONVENIENT
 
 
 def circles(edges: set[tuple[str, str]]) -> list[list[str]]:
@@ -86,19 +96,16 @@ def test_imports_of_every_kind_are_seen() -> None:
     assert circles({("a", "b"), ("b", "c"), ("c", "a"), ("c", "d")}) == [["a", "b", "c"]]
 
 
-EDGES = {each[:2] for each in IMPORTS if each.imported in MODULES} - CONVENIENT
-
-
 def test_no_module_imports_itself_along_any_way() -> None:
-    assert {each[:2] for each in IMPORTS} >= CONVENIENT
-    assert circles(EDGES) == []
+    assert {each[:2] for each in every_import()} >= CONVENIENT
+    assert circles(set(edges())) == []
 
 
 @pytest.mark.parametrize("folder", sorted({name.rpartition(".")[0] for name in MODULES} - {""}))
 def test_no_folder_imports_itself_along_any_way(folder: str) -> None:
     """The imports between the files and subfolders of one folder have no cycle."""
     inner = f"{folder}."
-    within = [each for each in EDGES if all(name.startswith(inner) for name in each)]
+    within = [each for each in edges() if all(name.startswith(inner) for name in each)]
     names = {tuple(name.removeprefix(inner).partition(".")[0] for name in each) for each in within}
     assert circles({(one, other) for one, other in names if one != other}) == []
 
@@ -108,7 +115,7 @@ def test_imports_in_functions_are_few_and_listed() -> None:
     assert allowed <= MODULES.keys()
     odd = [
         each
-        for each in IMPORTS
+        for each in every_import()
         if each.local
         and not (each.importer in allowed or f"{each.importer}.".startswith(tuple(f"{name}." for name in COMMANDS)))
         and each[:2] not in CONVENIENT

@@ -34,7 +34,7 @@ def test_a_class_gives_all_it_has() -> None:
     assert sorted(counts.values()) == [41] + [50] * 7
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_class_names_are_tokens() -> None:
     from transformers import AutoTokenizer
 

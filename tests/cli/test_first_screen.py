@@ -42,8 +42,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.sample("commands")
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("code", "arguments", "statuses"),
     [

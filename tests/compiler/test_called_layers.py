@@ -274,8 +274,7 @@ def test_parts_of_a_call_are_written_out_one_by_one() -> None:
     assert not any(calls(program.graph) for program in compilation_of(compiled).programs.values())
 
 
-@pytest.mark.sample("density")
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("field", ["density", "equivalent_rank"])
 def test_an_attempt_with_calls_that_fails_leaves_nothing(field: str) -> None:
     """SpIEL reuses existing indices, and would mistake those of a failed attempt for selected ones."""

@@ -56,8 +56,7 @@ def deberta(**settings: Any) -> nn.Module:
     return randomise(transformers.DebertaForMaskedLM(config)).eval()
 
 
-@pytest.mark.slow
-@pytest.mark.sample("both")
+@pytest.mark.full
 @pytest.mark.parametrize(
     "settings",
     [

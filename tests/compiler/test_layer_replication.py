@@ -62,7 +62,7 @@ def test_a_config_of_peft_is_a_spec() -> None:
     assert compiled.report.trainable_parameters == theirs.get_nb_trainable_parameters()[0]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_one_warning_names_the_copies() -> None:
     """All weights of copied layers are shared, so one of them is named; another tie, as of a head, has its own."""
     adaptation = {**LORA, "target": {"modules": ["**.q_proj", "**.down_proj", "lm_head"]}}
@@ -74,7 +74,7 @@ def test_one_warning_names_the_copies() -> None:
     assert "lm_head.weight is tied to model.embed_tokens.weight" in messages[1]
 
 
-@pytest.mark.sample("True-**", "False-self_attn.q_proj")
+@pytest.mark.sample("True-**")
 @pytest.mark.slow
 @pytest.mark.parametrize("untied", ["**", "self_attn.q_proj"])
 @pytest.mark.parametrize("tied_head", [False, True])
@@ -100,8 +100,7 @@ def test_it_merges_once_the_copies_are_untied(tied_head: bool, untied: str, tmp_
     assert largest_difference(outputs_of(loaded, inputs), outputs_of(compiled, inputs)) <= 1e-5
 
 
-@pytest.mark.slow
-@pytest.mark.sample("gpt2")
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "mixtral", "vit"])
 def test_an_artifact_has_all_layers(family: str, tmp_path: Path) -> None:
     """Other families have stacks of their own, and an artifact is loaded over the model as it was."""

@@ -47,7 +47,7 @@ def test_timm() -> None:
     check(model, spec, {"x": torch.randn(2, 3, 32, 32)})
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_diffusers() -> None:
     unet = pytest.importorskip("diffusers").UNet2DConditionModel(
         sample_size=16,

@@ -68,8 +68,7 @@ def test_a_model_that_writes_the_targets_has_full_scores(monkeypatch: pytest.Mon
     assert scores["exact"] == 1 and abs(scores["bleu"] - 100) < 1e-6 and abs(scores["chrf"] - 100) < 1e-6
 
 
-@pytest.mark.slow
-@pytest.mark.sample("LoRA, rank 4")
+@pytest.mark.full
 @pytest.mark.parametrize("name", [PLAIN, "LoRA, rank 4", "prompt", "prefix", "SpIEL"])
 def test_rows_train_and_write(name: str) -> None:
     """Computing a cell twice gives the same figures."""

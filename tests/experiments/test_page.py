@@ -12,10 +12,10 @@ from experiments.store import Record, Store
 
 def stale(records: list[Record]) -> list[str]:
     """Return a line for each record whose code has changed, or whose cell is not planned any more."""
-    lines = []
-    planned = {part.name: part.plan(Store(part.name).known) for part in parts().values()}
+    lines, every = [], parts()
+    planned = {name: part.plan(Store(name).known) for name, part in every.items()}
     for record in records:
-        part = parts()[record.cell.part]
+        part = every[record.cell.part]
         if record.cell not in planned[part.name]:
             lines.append(f"{record.cell}: not planned any more")
         elif record.sources.code != code_digest(part, record.cell):

@@ -26,6 +26,7 @@ def record(cell: Cell) -> Record:
 
 
 @pytest.mark.slow
+@pytest.mark.sample("IA3")
 @pytest.mark.parametrize("name", ["LoRA", "IA3"])
 def test_methods_agree_within_the_gates(name: str) -> None:
     """In float64, final tensors and merged logits agree as well."""

@@ -18,7 +18,7 @@ def test_without_cells_there_is_no_picture(tmp_path: Path) -> None:
     assert [*shown("rates", tmp_path / "drawn")] == []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_pictures_show_every_row(tmp_path: Path) -> None:
     """In both themes, with the same bytes again; the page shows each in the theme it is for."""
     for number, name in enumerate((ALONE, "LoRA", "full")):

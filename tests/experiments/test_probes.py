@@ -53,7 +53,7 @@ def test_shares_of_known_attention() -> None:
     assert attention.shares(heads, mask).tolist() == pytest.approx(expected)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_attention_is_that_of_the_model() -> None:
     """The outputs of the classifier with attention are those of the one without, and its shares are in range."""
     cell = attention_setting(quick=True).cell(ROWS["full"], 1e-3, 0).to_json()
@@ -70,7 +70,7 @@ def test_attention_is_that_of_the_model() -> None:
         assert len(other(**inputs).attentions) == plain.config.num_hidden_layers
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_looking_changes_nothing() -> None:
     """A model that was merged several times while it trained ends with the same values as one that was not."""
     cell = {**directions_setting(quick=True).cell(ROWS["DoRA"], 1e-2, 0).to_json(), "steps": 8}
@@ -88,6 +88,7 @@ def test_looking_changes_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample("LT-SFT")
 @pytest.mark.parametrize("row", COMPOSITION, ids=lambda row: row.name)
 def test_composed_models(row: Any) -> None:
     """The change of one task alone keeps all of its accuracy; a sparse change touches few values."""

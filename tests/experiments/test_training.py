@@ -122,7 +122,7 @@ def test_rows_train(name: str) -> None:
     assert first["folded"] is None if name == "prompt" else first["folded"] <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_ratings_are_a_regression(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = tuple(f"text number {number}" for number in range(900))
     split = tasks.DataSplit(texts, tuple(number / 450 - 1 for number in range(900)))  # type: ignore[arg-type]

@@ -9,8 +9,7 @@ import pytest
 from tests.gates.anchored import entering
 
 
-@pytest.mark.slow
-@pytest.mark.sample("4-captured")
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["captured", "cached", "artifact"])
 @pytest.mark.parametrize("count", [pytest.param(30, marks=pytest.mark.gate), 4])
 def test_no_mutant_is_used(kind: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,8 +37,7 @@ def test_models_of_other_libraries(name: str, tmp_path: Path) -> None:
     _hold(name, LIBRARIES[name]() if name in LIBRARIES else timm_model(name), tmp_path)
 
 
-@pytest.mark.sample("siglip")
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", SAMPLE)
 def test_some_models(name: str, tmp_path: Path) -> None:
     _check(name, tmp_path)

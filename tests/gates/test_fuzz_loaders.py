@@ -346,7 +346,7 @@ def _all(loaded: Loaded, numbers: range) -> None:
     assert not failed, "\n".join([f"{len(failed)} of {len(numbers)}", *failed[:40]])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
 def test_fuzz_loaders_sample(loaded: Loaded) -> None:
     _all(loaded, range(SAMPLE))

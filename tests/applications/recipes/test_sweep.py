@@ -93,7 +93,7 @@ def test_what_is_in_the_folder_is_not_trained_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.sample("2", "4")
+@pytest.mark.sample("4")
 @pytest.mark.parametrize("stop", range(5))
 def test_an_interrupted_sweep_resumes(stop: int, tmp_path: Path) -> None:
     """Wherever it stops, the next call trains what is missing and ends with the same scores."""

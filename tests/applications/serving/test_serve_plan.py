@@ -151,7 +151,7 @@ def test_a_peft_folder(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert shown.status == 0 and "-> as-is" in shown.out and "graftc export" in shown.out
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_path_like_an_option(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

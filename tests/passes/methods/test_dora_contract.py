@@ -16,7 +16,6 @@ class TestDoRA(MethodContract):
     every third run of them.
     """
 
-    contract_families = ("t5",)
     adaptation: ClassVar[dict[str, Any]] = varied(DORA, dropout=0.1)
     families = DENSE
 

@@ -78,7 +78,7 @@ def test_both_types_compute_the_same() -> None:
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_steps_that_16_bits_lose_are_kept() -> None:
     """A change by a thousandth of a value is lost in bfloat16 and kept in float32."""
     model = tiny("gpt2").to(BF16)

@@ -134,7 +134,7 @@ def test_frozen_changes_gradients_only() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_plain_sgd_moves_one_row_and_adamw_others_too() -> None:
     """The gradient of other rows is zero, but momentum and weight decay move them."""
     for optimiser_class, alone in ((torch.optim.SGD, True), (torch.optim.AdamW, False)):

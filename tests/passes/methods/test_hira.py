@@ -153,8 +153,7 @@ BELOW: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.sample("gpt2-lora")
+@pytest.mark.full
 @pytest.mark.parametrize("below", BELOW)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_on_top_of_another_adaptation(family: str, below: str) -> None:

@@ -90,6 +90,7 @@ def test_each_iteration_comes_nearer(family: str, base: dict[str, Any]) -> None:
     assert distance(5) < distance(2) < distance(1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ROLES)
 def test_loads_by_the_original_weights(family: str, tmp_path: Path) -> None:
     """An artifact holds the factors that were subtracted; its codes follow from them and from the source, exactly."""
@@ -118,6 +119,7 @@ def test_loads_from_a_state_dict(tmp_path: Path) -> None:
     assert caught.value.code == "GC053"
 
 
+@pytest.mark.full
 def test_loads_from_a_checkpoint(tmp_path: Path) -> None:
     """A trainer's checkpoint is a state dict with a record of the base, which is packed as it was."""
     from safetensors.torch import save_file
@@ -202,6 +204,7 @@ def test_merges(form: Any) -> None:
         torch.testing.assert_close(merged(**inputs_for(own, seed=3))[0], outputs(own), rtol=0, atol=1e-5)
 
 
+@pytest.mark.full
 def test_partial_merge_keeps_the_start(tmp_path: Path) -> None:
     """An adaptation that stays is compiled on the merged base, which has the values of the codes."""
     model = families.llama().eval()
@@ -252,6 +255,7 @@ def test_a_second_one_starts_from_what_the_first_leaves(iterations: int) -> None
         assert caught.value.code == "GC021" and "before 'b'" in str(caught.value)
 
 
+@pytest.mark.full
 def test_rows_that_share_scales_are_not_read_before(tmp_path: Path) -> None:
     """With ``double``, new codes of some rows change the values of all, so others may read them only afterwards."""
     start = {"method": "lora", "rank": 4, "init": "loftq", "loftq_iterations": 2, "target": {"role": "attn.q"}}
@@ -269,6 +273,7 @@ def test_rows_that_share_scales_are_not_read_before(tmp_path: Path) -> None:
     assert torch.equal(outputs(graftc.load(tmp_path / "artifact", model).eval()), before)
 
 
+@pytest.mark.full
 def test_layers_that_are_called_again_choose_once(tmp_path: Path) -> None:
     """ALBERT calls one layer several times, which has one pair of factors and one set of codes."""
     from transformers import AlbertConfig, AlbertModel

@@ -82,7 +82,7 @@ def test_update(family: str) -> None:
     assert values[9] < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_convolution() -> None:
     """In a convolution over patches of an image, a column is one entry of a patch."""
     compiled = fresh("vit", varied(LOHA, target={"modules": "**.patch_embeddings.projection"}))

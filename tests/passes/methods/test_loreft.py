@@ -139,7 +139,7 @@ def loss_of(model: nn.Module, inputs: Mapping[str, Tensor], seed: int) -> Tensor
 
 
 @pytest.mark.slow
-@pytest.mark.sample("llama-ends", "bert-untied")
+@pytest.mark.sample("bert-untied")
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("family", LAYERS)
 def test_equal_to_the_formula(family: str, kind: str) -> None:

@@ -183,7 +183,7 @@ def test_positions_that_cannot_be_shifted(way: str) -> None:
     graftc.compile({"adapt": [{**entry, "positions": "unshifted"}]}, Placed(way), given)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_prefix_takes_places_of_biases() -> None:
     """MPT has biases for as many keys as its longest text, so the text has to be shorter by the prefix."""
     model = model_of("Mpt")

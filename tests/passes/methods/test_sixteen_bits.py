@@ -35,8 +35,7 @@ def test_saving(entry: dict[str, Any], family: str, dtype: torch.dtype, tmp_path
     assert (tmp_path / "artifact" / "manifest.json").is_file()
 
 
-@pytest.mark.slow
-@pytest.mark.sample("lora 2-bfloat16", "full -bfloat16")
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("entry", "dtype"),
     [

@@ -60,7 +60,7 @@ def test_the_other_variant_s_optimiser() -> None:
         assert zero.any() and not optimiser.state[entries.tensor("delta")]["momentum"][zero].any()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_another_optimiser_is_warned_of_once() -> None:
     """The entries still move."""
     compiled = fresh("llama", spiel())

@@ -87,7 +87,7 @@ def test_a_head_over_few_classes_stays_whole() -> None:
     assert compiled(**call).logits.shape == (2, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_batch_without_labels_has_torchs_loss() -> None:
     call = {"input_ids": IDS, "labels": torch.full_like(IDS, -100)}
     compiled = with_loss(tiny("llama"), "chunked")

@@ -25,7 +25,7 @@ from graftc.runtime.loading.verify import verify
 from tests.kit.folders import saved_artifact, tree_bytes
 from tests.kit.forks import Worker
 
-KILLS = int(os.environ.get("GRAFTC_KILLS", "4"))
+KILLS = int(os.environ.get("GRAFTC_KILLS", "3"))
 """Runs of each job that are killed; ``make gates`` has 50."""
 
 

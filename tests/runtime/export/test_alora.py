@@ -59,7 +59,7 @@ def compiled(folder: Path) -> Any:
     return adapted(LlamaForCausalLM.from_pretrained(folder / "base").eval(), ALORA, noise=0.3)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_key_in_the_file(compiled: Any, tmp_path: Path) -> None:
     """The tokens are an array of the type that llama.cpp reads; one file has adaptations of one invocation only."""
     compiled.export(tmp_path / "adapter.gguf", format="gguf")

@@ -106,7 +106,7 @@ def test_only_such_a_folder_is_replaced(written: tuple[Any, Any, Path], tmp_path
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_model_with_one_stack_has_no_components(tmp_path: Path) -> None:
     compiled = graftc.compile(SPEC, families.llama(), cache=False).eval()
     merged = compiled.merge(allow_unchanged=True)

@@ -177,8 +177,7 @@ class Steps(nn.Module):
         return {"logits": state} if labels is None else {"loss": (state - labels).square().mean(), "logits": state}
 
 
-@pytest.mark.slow
-@pytest.mark.sample("False-True-11", "True-False-11")
+@pytest.mark.full
 @pytest.mark.parametrize("length", [4, 11])
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("merged", [False, True])

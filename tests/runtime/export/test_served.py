@@ -79,7 +79,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_small_graph(graph: Path, tmp_path: Path) -> None:
     """Adapters of other ranks and scales, of another method, both, and none, each equal their own model."""
     import onnx

@@ -102,7 +102,7 @@ def test_hooks_change_what_they_do_in_the_source(trio: tuple[Any, Any, str], hoo
         torch.testing.assert_close(compiled(**given).logits, plain)
 
 
-@pytest.mark.sample("llama-before")
+@pytest.mark.full
 @pytest.mark.parametrize("hook", HOOKS)
 def test_and_in_the_steps_of_generate(trio: tuple[Any, Any, str], hook: str) -> None:
     source, compiled, path = trio

@@ -106,7 +106,7 @@ def test_nothing_tells(width: int, targets: list[str], version: str | None, tmp_
     assert caught.value.place is not None and caught.value.place.path == "peft_version"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_export_tells(tmp_path: Path) -> None:
     model = mixtral(16)
     written(model, tmp_path / "given", DOWN, True, "0.18.1")
@@ -120,8 +120,7 @@ def test_an_export_tells(tmp_path: Path) -> None:
     torch.testing.assert_close(again(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.sample("c_attn.weight")
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["c_attn.weight", "attn.c_proj.weight"])
 def test_a_stored_matrix_that_a_config_names_itself(name: str, tmp_path: Path) -> None:
     """PEFT takes any two axes for ``[out, in]``, including those of ``Conv1D``, whose weights are ``[in, out]``."""

@@ -20,7 +20,7 @@ def llama() -> Any:
     return adapted("llama", LORA, noise=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_torchinfo_sees_the_sizes_of_all_that_is_computed(llama: Any) -> None:
     torchinfo = pytest.importorskip("torchinfo")
 

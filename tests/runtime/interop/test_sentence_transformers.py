@@ -76,8 +76,7 @@ def tensors(model: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.sample("lora")
+@pytest.mark.full
 @pytest.mark.parametrize("name", ADAPTATIONS)
 def test_it_trains_checkpoints_resumes_and_saves(base: Path, name: str, tmp_path: Path) -> None:
     """A run resumed from a checkpoint ends bitwise equal, and the saved folder gives the same encodings."""

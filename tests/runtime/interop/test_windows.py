@@ -63,8 +63,7 @@ def test_a_model_without_a_config_may_have_some() -> None:
     assert may_have_windows(nn.Linear(2, 2))
 
 
-@pytest.mark.sample("mistral, windows-visible")
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("window", [None, "visible", "masked"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "mistral, windows"])
 def test_a_prefix_in_the_format_of_peft(name: str, window: str | None, tmp_path: Path) -> None:

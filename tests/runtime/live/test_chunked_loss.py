@@ -155,7 +155,7 @@ def test_what_reads_logits_gets_them(way: str, warned: bool) -> None:
         assert torch.allclose(actual[1][name], gradient, rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_logits_are_there_in_eval_mode_and_without_labels() -> None:
     whole, chunked = both("shifted")
     given = {"ids": batch()["ids"]}

@@ -63,6 +63,7 @@ def restarted(compiled: Any, cache: Any) -> None:
     language_model("llama").double()(input_ids=text(compiled, 5), past_key_values=cache)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("change", [cropped, continued, restarted])
 def test_an_invocation_in_a_changed_cache_is_not_assumed(alora: Any, change: Any, mode: Callable[[], Any]) -> None:
@@ -101,7 +102,7 @@ def test_an_invocation_counts_while_gradients_flow(alora: Any, training: bool) -
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.sample("True")
+@pytest.mark.full
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients_flow_through_earlier_tokens(lora: Any, training: bool) -> None:
     compiled = copy.deepcopy(lora).train(training)
@@ -118,7 +119,7 @@ def test_gradients_flow_through_earlier_tokens(lora: Any, training: bool) -> Non
     assert any(gradient.any() for gradient in expected)
 
 
-@pytest.mark.sample("True")
+@pytest.mark.full
 @pytest.mark.parametrize("training", [False, True])
 def test_autocast(training: bool) -> None:
     """The cache keeps its dtype, and results are as near to those in float32 as those of a cache that grows."""

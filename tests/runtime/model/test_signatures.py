@@ -286,7 +286,7 @@ def test_an_adapted_place_that_a_signature_does_not_read_is_an_error() -> None:
         adapted(**text())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_packed_sequences_are_those_run_apart() -> None:
     model = frozen(families.tiny("llama"))
     adapted = graftc.compile({"adapt": [LORA]}, model).eval()
@@ -338,7 +338,7 @@ def test_a_flag_belongs_to_the_capture_cache(tmp_path: Path, monkeypatch: Any) -
             assert_same(outputs, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_flags_may_be_there_from_the_start() -> None:
     model = frozen(families.tiny("llama"))
     adapted = graftc.compile({"adapt": [LORA]}, model, {**text(), "output_hidden_states": True}).eval()

@@ -26,7 +26,7 @@ from tests.runtime.streaming.support import PROJECTIONS, sharded_base, written_l
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("GRAFTC_KILLS", "4"))
+KILLS = int(os.environ.get("GRAFTC_KILLS", "3"))
 """How often a merge is killed; ``make gates`` has 20."""
 
 

@@ -175,6 +175,7 @@ def test_lora_ga_follows_the_gradient() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample("lora_ga")
 @pytest.mark.parametrize("entry", [EVA, GA], ids=["eva", "lora_ga"])
 def test_what_starts_from_examples_is_saved_merged_and_exported(entry: Mapping[str, Any], tmp_path: Path) -> None:
     """An artifact, a merge and peft's own model compute what the trained model computes."""
@@ -220,7 +221,7 @@ def test_tune_starts_from_examples() -> None:
         graftc.tune(spec, tiny("llama"), lambda model, stage: None)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_refusals() -> None:
     """No examples, nothing to initialise, sites that are not dense layers, and ranks without enough directions."""
     with pytest.raises(GraftError, match=r"GC056.*no examples"):
@@ -239,7 +240,7 @@ def test_refusals() -> None:
         fresh("llama", GA).initialise([example])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_examples_without_information_are_refused() -> None:
     """Examples in which no token counts, whose gradient is zero, or for which the model's values are not finite."""
     example = batches(1)[0]
@@ -256,8 +257,7 @@ def test_examples_without_information_are_refused() -> None:
             fresh(model, entry).initialise([example])
 
 
-@pytest.mark.sample("torch.bfloat16")
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bits(dtype: torch.dtype) -> None:
     """On a 16-bit base, whose factors are cast where they are read, inputs and gradients are found as well."""
@@ -274,7 +274,7 @@ def test_sixteen_bits(dtype: torch.dtype) -> None:
         assert same_bits(outputs_of(started, example), outputs_of(model, example))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_trained_model_is_not_initialised_again() -> None:
     """Initial values would replace what it has learned."""
     for entry in (EVA, GA):

@@ -61,7 +61,7 @@ def test_the_trainer_has_the_term(callback: bool, steps: int, tmp_path: Path) ->
     assert same_bits(list(compiled.adapter_state_dict().values()), list(other.adapter_state_dict().values()))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_trainer_that_computes_the_loss_itself(tmp_path: Path) -> None:
     """Label smoothing takes the labels away from the model: the term is missed, and a warning says so."""
     compiled = doubled(SETTINGS["alike"])

@@ -139,7 +139,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(method: str, tmp_pat
             assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_second_training_goes_on_from_the_first(tmp_path: Path) -> None:
     """The schedule of a model that was trained before covers both trainings."""
     compiled = fresh(still("bert"), ADALORA, seed=0)

@@ -136,7 +136,7 @@ def test_views_by_key_mark_what_differs(file: Path, opened: Callable[..., Any]) 
     assert "view=diff" in page.url
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_is_open_stays_open_in_other_views(file: Path, opened: Callable[..., Any]) -> None:
     """Layers stay open even in the base's own graph, where they are alike."""
     page = opened(file, "#view=diff")
@@ -209,7 +209,7 @@ def test_the_timeline_shows_every_step(
     says(page, "insert(virtual)")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_address_leads_back_to_what_was_seen(file: Path, opened: Callable[..., Any]) -> None:
     page = opened(file, "#view=diff&mode=train")
     page.evaluate("graftcPage.select('bert.encoder.layer.0.attention.self')")
@@ -325,7 +325,7 @@ def test_sizes_shares_and_what_is_read_no_more(tmp_path: Path, opened: Callable[
     says(page, "removed")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_a_plugin_reports_is_in_the_report(tmp_path: Path, opened: Callable[..., Any]) -> None:
     source = (PLUGIN / "graftc_macs.py").read_text(encoding="utf-8")
     (tmp_path / "site").mkdir()
