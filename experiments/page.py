@@ -30,9 +30,11 @@ ROUNDING: Mapping[str, str] = {"rounding": "graftc, from float64", "peft_roundin
 _HEAD = f"""# Results
 
 This page is written by `python -m experiments page` from stored cells: a cell is one run, and its figures are one
-line of `experiments/cells/PART.jsonl` in a source checkout, with the digests of everything that they depend on. The
-last column of a table has the first {SHOWN} characters of the cell's digest. The command under a table computes those
-of its cells that are missing or out of date; `make results` does so for all (`QUICK=1` tries it on tiny models).
+line of `experiments/cells/PART.jsonl` in a source checkout, with digests of the code that computes it, of the method's
+modules and of the data, and with the versions of graftc (which stands for the rest of it), torch, transformers and
+PEFT. The last column of a table has the first {SHOWN} characters of the cell's digest. The command under a table
+computes those of its cells that are missing or out of date; `make results` does so for all (`QUICK=1` tries it on tiny
+models).
 """
 _PARITY_HEAD = f"""## Parity with PEFT
 
@@ -83,12 +85,10 @@ def _parity(records: Sequence[Record]) -> Iterator[str]:
     for model, title in TITLES.items():
         for dtype in DTYPES:
             rows = [own for own in records if (own.cell.model, own.cell.dtype) == (model, dtype)]
-            if not rows:
-                continue
             yield f"### {title}, {dtype}\n"
-            yield from _table(rows, dtype)
-            missing = planned[model, dtype] - len(rows)
-            if missing:
+            if rows:
+                yield from _table(rows, dtype)
+            if missing := planned[model, dtype] - len(rows):
                 yield f"\n{missing} cells of this table have not been computed yet."
             yield f"\n```\npython -m experiments parity --only parity/{model}/{dtype}\n```\n"
     yield "### What does not hold\n"

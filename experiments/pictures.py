@@ -53,14 +53,15 @@ def over_parameters(axes: Any, theme: Theme, folder: Path) -> bool:
     shown = [own for name, own in table.rows.items() if name not in (ALONE, FLOOR)]
     for own in sorted(shown, key=lambda own: own.trained):
         interval = own.interval()
-        half = 0 if math.isnan(interval.half) else 100 * interval.half
-        colour = theme.series[0] if half else theme.series[5]
-        axes.errorbar(own.trained, 100 * interval.mean, yerr=half or None, fmt="o", markersize=4, color=colour)
+        axes.plot(own.trained, 100 * own.first, marker="o", markersize=5, fillstyle="none", color=theme.series[5])
+        if not math.isnan(interval.half):
+            bar = {"fmt": "o", "markersize": 4, "color": theme.series[0]}
+            axes.errorbar(own.trained, 100 * interval.mean, yerr=100 * interval.half, **bar)
         place = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": 7, "color": theme.text}
         axes.annotate(own.row.name, (own.trained, 100 * interval.mean), **place)
     axes.set_xscale("log")
     axes.set_xlabel("trained values, besides the head")
-    axes.set_ylabel("test accuracy, %")
+    axes.set_ylabel("test accuracy, % (circles: first seed)")
     return bool(shown)
 
 

@@ -35,7 +35,7 @@ def encoded_texts(cell: Mapping[str, Any], task: Task) -> tuple[Encoded, Encoded
 
 
 def fitted(cell: Mapping[str, Any], base: Any, data: Encoded, look: Look | None = None, looks: int = 4) -> Any:
-    """Return a compiled model that has been trained as a cell says.
+    """Return a compiled model that has been trained as a cell says, for all its steps in each stage of a method.
 
     Args:
         cell: ``rate``, ``seed``, ``steps`` and ``settings``: the ``spec``, the ``head_rate``, the ``optimiser`` and the
@@ -50,7 +50,7 @@ def fitted(cell: Mapping[str, Any], base: Any, data: Encoded, look: Look | None 
     batches = training_batches(data, rows, cell["seed"])
 
     def run(compiled: Any, stage: Any) -> None:
-        steps = cell["steps"] // stage.total
+        steps = cell["steps"]
         seen = batches if look is None else _watched(batches, steps, looks, lambda: look(compiled))
         overrides = {"trained": {"lr": settings["head_rate"]}} if "train" in settings["spec"] else {}
         train(compiled, seen, steps, cell["rate"], settings["optimiser"], overrides, LoopTimes())

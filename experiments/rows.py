@@ -107,10 +107,14 @@ class Trained:
         """Return the interval of these differences."""
         return Interval.of([*self.differences(other, figure).values()])
 
+    @property
+    def first(self) -> float:
+        """The test score of the first seed, the only one that all rows have."""
+        return float(self.records[0].figures["test"])
+
     def time(self, name: str) -> float | None:
-        """Return the median of a time over the cells; None if it was not measured."""
-        values = [times[name] for times in self.times if times.get(name) is not None]
-        return statistics.median(values) if values else None
+        """Return the least of a time over the cells, which other work on the machine delays; None without one."""
+        return min((times[name] for times in self.times if times.get(name) is not None), default=None)
 
 
 class Table:

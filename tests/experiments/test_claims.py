@@ -121,9 +121,13 @@ def test_correlations_are_compared_by_their_distance_from_full(dora: float, word
     assert JUDGES["changes_as_full_does"](tmp_path).word == word
 
 
-@pytest.mark.parametrize(("sparse", "word"), [(-0.01, HELD), (-0.2, NOT_HELD)])
-def test_what_sums_keep(sparse: float, word: str, tmp_path: Path) -> None:
-    probed(tmp_path, composition_setting(), COMPOSITION, [{"kept": value} for value in (-0.1, sparse)])
+@pytest.mark.parametrize(
+    ("sparse", "composed", "word"), [(-0.01, 0.8, HELD), (-0.2, 0.8, NOT_HELD), (-0.01, 0.3, UNSAID)]
+)
+def test_what_sums_keep(sparse: float, composed: float, word: str, tmp_path: Path) -> None:
+    """A method that learns nothing loses nothing in a sum, which says nothing."""
+    figures = [{"kept": -0.1, "composed": 0.6}, {"kept": sparse, "composed": composed}]
+    probed(tmp_path, composition_setting(), COMPOSITION, figures)
     assert JUDGES["sparse_changes_add_up"](tmp_path).word == word
 
 

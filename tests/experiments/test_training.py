@@ -185,7 +185,7 @@ def test_the_page_says_what_is_missing_and_what_is_below_the_head_alone(tmp_path
     text = "\n".join([*summary(tmp_path), *sections(tmp_path)])
     assert "Above the head alone: LoRA. Below it: full. Not distinguishable: none." in text
     assert f"{len(ROWS) - 3} of {len(ROWS)} rows have not been computed yet." in text
-    assert "LoRA (60.2 ± 0.2) is the highest mean of 3 methods with all seeds, of 13 planned" in text
+    assert "LoRA (60.2 ± 0.2) is the highest mean of 3 rows with all seeds, of 13 planned" in text
     assert "; the others are below it" in text
     assert text.count("not computed yet") >= len(TABLES)
 
