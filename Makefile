@@ -19,7 +19,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_
 ALONE    := $(filter-out OMP_NUM_THREADS=% MKL_NUM_THREADS=%,$(TEST_ENV))
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-# mypy takes as long as the other checks together.
+# mypy runs beside the other checks.
 CHECKS   := @set -e; $(MAKE) --no-print-directory types & types=$$!; trap 'kill $$types 2>/dev/null || :' EXIT; \
 	$(MAKE) --no-print-directory style wheel; wait $$types
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from experiments.encoder import MeanClassifier, encoder_of
-from experiments.probing import accuracy, encoded_texts, fitted, loss
+from experiments.probing import chosen_by, encoded_texts, fitted, scores
 from experiments.tasks import task_of
 from graftc.applications.demo.data import Encoded
 
@@ -59,14 +58,11 @@ def figures(cell: Mapping[str, Any]) -> dict[str, Any]:
     base.load_state_dict(plain.state_dict())
     if settings["spec"] is None:
         return _shares(base.eval(), test)  # type: ignore[no-untyped-call]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compiled = fitted(cell, base, texts)
+    compiled = fitted(cell, base, texts)
     return {
         **_shares(compiled.eval(), test),
-        "test": accuracy(compiled, test, task.outputs),
-        "validation": accuracy(compiled, validation, task.outputs),
-        "validation_loss": loss(compiled, validation),
+        "test": scores(compiled, test, task.outputs)[0],
+        **chosen_by(compiled, validation, task.outputs),
     }
 
 

@@ -70,9 +70,7 @@ def rates_differ(folder: Path) -> Verdict:
         return Verdict(MISSING)
     steps = LADDER.index(lora.rate) - LADDER.index(full.rate)  # of about a factor of three
     figure = f"{lora.rate:g} and {full.rate:g}: {lora.rate / full.rate:.2g} times"
-    if lora.is_at_the_end or full.is_at_the_end:
-        return Verdict(UNSAID, f"{figure}, at the end of a sweep", (lora, full))
-    return Verdict(HELD if 1 <= steps <= 3 else NOT_HELD, figure, (lora, full))
+    return _verdict(HELD if 1 <= steps <= 3 else NOT_HELD, figure, (lora, full))
 
 
 def rate_is_that_of_every_rank(folder: Path) -> Verdict:
@@ -83,9 +81,7 @@ def rate_is_that_of_every_rank(folder: Path) -> Verdict:
     rows = [*table.rows.values()]
     places = [LADDER.index(own.rate) for own in rows]
     figure = ", ".join(f"{own.row.name} {own.rate:g}" for own in rows)
-    if any(own.is_at_the_end for own in rows):
-        return Verdict(UNSAID, f"{figure}; at the end of a sweep", rows)
-    return Verdict(HELD if max(places) - min(places) <= 1 else NOT_HELD, figure, rows)
+    return _verdict(HELD if max(places) - min(places) <= 1 else NOT_HELD, figure, rows)
 
 
 def mlp_before_attention(folder: Path) -> Verdict:
@@ -125,7 +121,7 @@ def large_batches_cost_more(folder: Path) -> Verdict:
     lora, full = (large.differences(small) for small, large in zip(rows[::2], rows[1::2], strict=True))
     costs = Interval.of([full[seed] - lora[seed] for seed in lora])
     figure = f"LoRA {_points(Interval.of([*lora.values()]))}, full {_points(Interval.of([*full.values()]))}"
-    return Verdict(_word(costs, 0.0), f"{figure}; the difference is {_points(costs)}", rows)
+    return _verdict(_word(costs, 0.0), f"{figure}; the difference is {_points(costs)}", rows)
 
 
 def prefixes_need_less_data(folder: Path) -> Verdict:
@@ -142,9 +138,8 @@ def prefixes_need_less_data(folder: Path) -> Verdict:
             lowest.append(prefix.differences(full))
     # The texts of the smaller size are among those of the larger one: a seed counts once.
     both = Interval.of([statistics.fmean(size[seed] for size in lowest) for seed in lowest[0]])
-    if any(own.is_at_the_end for own in rows[:4]):
-        return Verdict(UNSAID, f"prefix over full by texts a class: {', '.join(shown)}; at the end of a sweep", rows)
-    return Verdict(_word(both, 0.0), f"prefix over full by texts a class: {', '.join(shown)}", rows)
+    figure = f"prefix over full by texts a class: {', '.join(shown)}"
+    return _verdict(_word(both, 0.0), figure, rows, deciding=rows[:4])
 
 
 def changes_as_full_does(folder: Path) -> Verdict:
@@ -156,7 +151,7 @@ def changes_as_full_does(folder: Path) -> Verdict:
     far, near = (own.differences(full, "correlation") for own in (lora, dora))
     nearer = Interval.of([abs(far[seed]) - abs(near[seed]) for seed in far])
     shown = ", ".join(f"{own.row.name} {own.interval('correlation').shown(2)}" for own in rows)
-    return Verdict(_word(nearer, 0.0), f"{shown}; DoRA is nearer to full by {nearer.shown(2, sign='+')}", rows)
+    return _verdict(_word(nearer, 0.0), f"{shown}; DoRA is nearer to full by {nearer.shown(2, sign='+')}", rows)
 
 
 def sparse_changes_add_up(folder: Path) -> Verdict:
@@ -168,8 +163,8 @@ def sparse_changes_add_up(folder: Path) -> Verdict:
     over, composed = sparse.over(full, "kept"), sparse.over(full, "composed")
     parts = ", ".join(f"{own.row.name} {_points(own.interval('kept'))}" for own in (sparse, full))
     figure = f"composed over alone: {parts}; the difference is {_points(over)}, of composed models {_points(composed)}"
-    word = UNSAID if _word(over, 0.0) == HELD and not composed.is_above_zero else _word(over, 0.0)
-    return Verdict(word, figure, rows)
+    word = _word(over, 0.0)
+    return _verdict(UNSAID if word == HELD and not composed.is_above_zero else word, figure, rows)
 
 
 def special_tokens_are_attended(folder: Path) -> Verdict:
@@ -182,7 +177,8 @@ def special_tokens_are_attended(folder: Path) -> Verdict:
     word = _word(over[1], 0.0) if over[0].mean > 0 else NOT_HELD
     parts = [f"{own.row.name} {own.interval('least').shown(scale=100)}" for own in rows]
     even = plain.interval("even").shown(scale=100)
-    return Verdict(word, f"percent of attention in the layer with least: {', '.join(parts)}; even shares: {even}", rows)
+    figure = f"percent of attention in the layer with least: {', '.join(parts)}; even shares: {even}"
+    return _verdict(word, figure, rows, deciding=(plain, pasta))
 
 
 def _complete(table: Table) -> list[Trained] | None:
@@ -206,9 +202,14 @@ def _compared(table: Table, first: str, second: str, margin: float = 0.0) -> Ver
         return Verdict(MISSING)
     over = ours.over(theirs)
     figure = f"{first} over {second}: {_points(over)}"
-    if ours.is_at_the_end or theirs.is_at_the_end:
-        return Verdict(UNSAID, f"{figure}, at the end of a sweep", (ours, theirs))
-    return Verdict(_word(over, margin), figure, (ours, theirs))
+    return _verdict(_word(over, margin), figure, (ours, theirs))
+
+
+def _verdict(word: str, figure: str, rows: Sequence[Trained], deciding: Sequence[Trained] | None = None) -> Verdict:
+    """Return a verdict, which says nothing if the best rate of a deciding row (default: any) is at its sweep's end."""
+    if any(own.is_at_the_end for own in (rows if deciding is None else deciding)):
+        return Verdict(UNSAID, f"{figure}; at the end of a sweep", rows)
+    return Verdict(word, figure, rows)
 
 
 def _word(interval: Interval, margin: float) -> str:

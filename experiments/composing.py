@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from experiments.combined import tasks_in
 from experiments.encoder import encoder_of
-from experiments.probing import accuracy, encoded_texts, fitted, loss
+from experiments.probing import chosen_by, encoded_texts, fitted, scores
 from experiments.tasks import HEAD, task_of
 
 
@@ -23,40 +23,36 @@ def figures(cell: Mapping[str, Any]) -> dict[str, Any]:
     a task changes.
 
     Args:
-        cell: as for `experiments.classifying.figures`, with a list of ``tasks``.
+        cell: as for `experiments.classifying.figures`; its ``task`` is a name from `experiments.combined`.
     """
     settings, seed = cell["settings"], cell["seed"]
     untrained = encoder_of(cell["model"], 2, seed)
     start = {name: value.clone() for name, value in untrained.state_dict().items()}
     total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in start.items() if _is_added(name)}
-    models, alone, validation, losses, changed = [], list[float](), list[float](), list[float](), list[float]()
-    for name in settings["tasks"]:
+    models, alone, choices, changed = [], list[float](), list[dict[str, float]](), list[float]()
+    for name in tasks_in(settings["task"]):
         task = task_of({**settings, "task": name}, seed)
-        texts, chosen_by, test = encoded_texts(cell, task)
+        texts, validation, test = encoded_texts(cell, task)
         base = encoder_of(cell["model"], task.outputs, seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = fitted(cell, base, texts).merge().to_transformers().eval()
+        model = fitted(cell, base, texts).merge().to_transformers().eval()
         differences = {key: model.state_dict()[key].double() - start[key].double() for key in total}
         for key, value in differences.items():
             total[key] += value
         changed.append(_nonzero(differences))
-        alone.append(accuracy(model, test, task.outputs))
-        validation.append(accuracy(model, chosen_by, task.outputs))
-        losses.append(loss(model, chosen_by))
+        alone.append(scores(model, test, task.outputs)[0])
+        choices.append(chosen_by(model, validation, task.outputs))
         models.append((model, test, task.outputs))
     sums = {key: (start[key].double() + value).to(start[key].dtype) for key, value in total.items()}
     composed = list[float]()
     for model, test, outputs in models:
         model.load_state_dict(sums, strict=False)
-        composed.append(accuracy(model, test, outputs))
+        composed.append(scores(model, test, outputs)[0])
     return {
         "alone": statistics.fmean(alone),
         "composed": statistics.fmean(composed),
         "kept": statistics.fmean(composed) - statistics.fmean(alone),
         "changed": statistics.fmean(changed),
-        "validation": statistics.fmean(validation),
-        "validation_loss": statistics.fmean(losses),
+        **{key: statistics.fmean(choice[key] for choice in choices) for key in choices[0]},
     }
 
 

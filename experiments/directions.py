@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from experiments.encoder import encoder_of
-from experiments.probing import accuracy, encoded_texts, fitted, loss
+from experiments.probing import chosen_by, encoded_texts, fitted, scores
 from experiments.tasks import task_of
 
 Change = tuple[float, float]
@@ -41,18 +40,15 @@ def figures(cell: Mapping[str, Any]) -> dict[str, Any]:
             by_map[_kind(name)].append(change(weight, after[name]))
         moments.append(by_map)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compiled = fitted(cell, base, texts, look)
+    compiled = fitted(cell, base, texts, look)
     correlations = [correlation(changes) for by_map in moments for changes in by_map.values()]
     last = [one for changes in moments[-1].values() for one in changes]
     return {
         "correlation": statistics.fmean(correlations),
         "magnitude": statistics.fmean(magnitude for magnitude, _ in last),
         "direction": statistics.fmean(direction for _, direction in last),
-        "test": accuracy(compiled, test, task.outputs),
-        "validation": accuracy(compiled, validation, task.outputs),
-        "validation_loss": loss(compiled, validation),
+        "test": scores(compiled, test, task.outputs)[0],
+        **chosen_by(compiled, validation, task.outputs),
     }
 
 

@@ -13,11 +13,11 @@ from experiments.training_page import TITLES
 from experiments.training_plans import MANY, STEPS
 
 _FIGURES = ("PEFT's last loss", "losses apart", "accuracy", "graftc's last loss")
-_HEAD = f"""The same cells in two environments, {{environments}}, that share everything which these two
-libraries do not require otherwise, without the optional {" and ".join(HIDDEN)}. *PEFT's last loss* and *losses
-apart* (the largest relative difference between graftc's losses and PEFT's) are those of the parity table on MiniLM in
-float32; *accuracy* and *graftc's last loss* are those of {STEPS} steps on {MANY:,} texts of {TITLES[TASK]} at one rate,
-as in the tables of training. A figure of the newest is **bold** if it is not the same to the last bit.
+_HEAD = f"""The same cells with two sets of versions: {{environments}}. All other packages are the same, except those
+that these versions require otherwise; the optional {" and ".join(HIDDEN)} are hidden from both. *PEFT's last loss* and
+*losses apart* (the largest relative difference between graftc's losses and PEFT's) are those of the parity table on
+MiniLM in float32; *accuracy* and *graftc's last loss* are those of {STEPS} steps on {MANY:,} texts of {TITLES[TASK]} at
+one rate, as in the tables of training. A figure of the newest is **bold** if it differs in any bit.
 """
 
 _NOTES: Mapping[str, str] = {

@@ -9,21 +9,21 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from experiments.cells import ROOT
+from experiments.cells import ROOT, function_of
 
 HIDDEN = ("bitsandbytes", "torchao")
-"""Optional libraries that are not there in any of the environments: an old PEFT does not import with a new torchao."""
+"""Optional libraries that no environment sees: an old PEFT fails with a new torchao."""
 
 FOLDER = ROOT / "build" / "experiments" / "environments"
 
 
-def installed(names: Mapping[str, str]) -> dict[str, str]:
+def installed(names: Iterable[str]) -> dict[str, str]:
     """Return the versions of libraries in this environment, by their names."""
     return {name: importlib.metadata.version(name) for name in names}
 
@@ -78,8 +78,6 @@ def call(function: str, argument: Mapping[str, Any], versions: Mapping[str, str]
 
 def main() -> None:
     """Read a call from standard input, and print its result as the last line."""
-    from experiments.cells import function_of
-
     sys.modules.update(dict.fromkeys(HIDDEN))  # type: ignore[arg-type]
     task = json.loads(sys.stdin.read())
     if (own := installed(task["versions"])) != task["versions"]:

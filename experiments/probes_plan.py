@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from experiments.cells import Cell, Part
+from experiments.combined import combined, tasks_in
 from experiments.tasks import files_of, texts_of
 from experiments.training_plans import MANY, PER_CLASS, ROWS, Row, Rows, Setting, plan_of, setting_of
 
@@ -18,23 +18,6 @@ COMPOSITION = (ROWS["full"], ROWS["LT-SFT"])
 PLAIN = Row("as it is", None, head=())
 ATTENTION = (PLAIN, ROWS["full"], ROWS["PASTA"])
 _TINY = replace(ROWS["PASTA"], fields={"method": "pasta", "special_tokens": [1, 2]})
-
-
-@dataclass(frozen=True)
-class Composed(Setting):
-    """The settings of cells that train on several tasks.
-
-    Attributes:
-        tasks: the tasks.
-    """
-
-    tasks: Sequence[str] = COMPOSED
-
-    def cell(self, row: Row, rate: float, seed: int) -> Cell:
-        """Return a cell of a row."""
-        cell = super().cell(row, rate, seed)
-        settings = {key: value for key, value in cell.settings.items() if key != "task"}
-        return replace(cell, settings={**settings, "tasks": [*self.tasks]})
 
 
 def directions_setting(quick: bool = False) -> Setting:
@@ -49,9 +32,7 @@ def attention_setting(quick: bool = False) -> Setting:
 
 def composition_setting(quick: bool = False) -> Setting:
     """Return the setting of the probe of composition: the texts of the tasks' tables."""
-    plain = setting_of("composition", "", MANY, quick)
-    fields: dict[str, Any] = {name: getattr(plain, name) for name in plain.__dataclass_fields__}
-    return Composed(**fields)
+    return setting_of("composition", combined(COMPOSED), MANY, quick)
 
 
 def probes(quick: bool = False) -> tuple[Part, ...]:
@@ -79,6 +60,6 @@ def with_seeds(rows: Sequence[Row]) -> Rows:
 
 def probe_files(cell: Cell) -> tuple[Path, ...]:
     """Return the files that a cell's model and texts are made of."""
-    tasks = cell.settings.get("tasks", [cell.settings.get("task")])
-    every = [path for task in tasks for path in files_of(replace(cell, settings={**cell.settings, "task": task}))]
+    names = tasks_in(cell.settings["task"])
+    every = [path for name in names for path in files_of(replace(cell, settings={**cell.settings, "task": name}))]
     return tuple(dict.fromkeys(every))

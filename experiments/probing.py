@@ -1,7 +1,8 @@
-"""What the probes share: cells that show what a method does to a model, rather than how good it is alone."""
+"""Train and score the models of probes, whose figures show what a method does to a model, not only how good it is."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -57,7 +58,9 @@ def fitted(cell: Mapping[str, Any], base: Any, data: Encoded, look: Look | None 
 
     starts = range(0, min(4 * rows, len(data) - rows + 1), rows)
     examples = [data.collate(range(start, start + rows), labels=True) for start in starts]
-    compiled = graftc.tune(settings["spec"], base, run, examples=examples, seed=cell["seed"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = graftc.tune(settings["spec"], base, run, examples=examples, seed=cell["seed"])
     if look is not None:
         look(compiled)
     return compiled
@@ -72,13 +75,14 @@ def _watched(batches: Iterator[Batch], steps: int, looks: int, look: Callable[[]
         yield next(batches)
 
 
-def accuracy(model: Any, data: Encoded, outputs: int) -> float:
-    """Return the accuracy of a model's logits."""
+def scores(model: Any, data: Encoded, outputs: int) -> tuple[float, float]:
+    """Return the accuracy and the cross-entropy of a model's logits."""
     logits: Tensor = predict(lambda batch: model(**batch).logits, data)
-    return score(logits.argmax(-1).tolist(), list(data.labels), outputs).accuracy
+    accuracy = score(logits.argmax(-1).tolist(), list(data.labels), outputs).accuracy
+    return accuracy, float(torch.nn.functional.cross_entropy(logits, torch.tensor(data.labels)))
 
 
-def loss(model: Any, data: Encoded) -> float:
-    """Return the cross-entropy of a model's logits."""
-    logits: Tensor = predict(lambda batch: model(**batch).logits, data)
-    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(data.labels)))
+def chosen_by(model: Any, validation: Encoded, outputs: int) -> dict[str, float]:
+    """Return the figures that a sweep chooses a rate by, as `experiments.training_plans.quality` reads them."""
+    accuracy, loss = scores(model, validation, outputs)
+    return {"validation": accuracy, "validation_loss": loss}

@@ -30,6 +30,4 @@ def test_lists_are_known_by_paths(patches: Any, is_known: bool, monkeypatch: pyt
         monkeypatch.delattr(utils, "_PATCHES")
     else:
         monkeypatch.setattr(utils, "_PATCHES", patches)
-    assert (export_patches() is patches) == is_known or patches is None
-    if not is_known:
-        assert export_patches() is None
+    assert export_patches() is (patches if is_known else None)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from experiments.__main__ import main
+from experiments.cells import ROOT
 from experiments.store import Store
 
 
@@ -36,3 +39,10 @@ def test_wrong_options_are_refused(arguments: list[str], message: str, capsys: p
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_plans_load_no_torch() -> None:
+    """The command sets the number of threads before anything imports torch."""
+    code = "import sys; from experiments.plans import parts; parts(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from experiments import attention, composing, directions
+from experiments.combined import tasks_in
 from experiments.encoder import encoder_of
 from experiments.probes_plan import (
     COMPOSED,
@@ -93,7 +94,7 @@ def test_looking_changes_nothing() -> None:
 def test_composed_models(row: Any) -> None:
     """The change of one task alone keeps all of its accuracy; a sparse change touches few values."""
     cell = composition_setting(quick=True).cell(row, 1e-3, 0).to_json()
-    figures = composing.figures({**cell, "settings": {**cell["settings"], "tasks": ["r8"]}})
+    figures = composing.figures({**cell, "settings": {**cell["settings"], "task": "r8"}})
     assert figures["kept"] == 0 and figures["composed"] == figures["alone"]
     assert (figures["changed"] < 0.2) == (row.name == "LT-SFT") and figures["changed"] > 0
 
@@ -102,7 +103,7 @@ def test_a_probe_depends_on_the_texts_of_all_its_tasks() -> None:
     parts = {part.name: part for part in probes()}
     assert parts.keys() == MODULES.keys()
     cell = parts["composition"].plan(lambda _: None)[0]
-    assert cell.settings["tasks"] == [*COMPOSED] and "task" not in cell.settings
+    assert tasks_in(cell.settings["task"]) == [*COMPOSED]
     assert {"reuters-r8-train.tab", "20newsgroups-test.tab"} <= {path.name for path in probe_files(cell)}
 
 
