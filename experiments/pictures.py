@@ -16,7 +16,7 @@ from experiments.cells import ROOT
 from experiments.claims_plan import FEW, LOW_DATA, few
 from experiments.rows import Table
 from experiments.store import FOLDER
-from experiments.training_plans import ALONE, FLOOR, LADDER, REPEATED, encoder_settings
+from experiments.training_plans import ALONE, FLOOR, FLOORS, LADDER, REPEATED, encoder_settings
 
 PICTURES = ROOT / "docs" / "results"
 WIDTH = 7.2
@@ -50,7 +50,7 @@ def over_parameters(axes: Any, theme: Theme, folder: Path) -> bool:
             axes.axhline(mean, color=theme.text, linestyle=style, linewidth=1)
             place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": 8}
             axes.text(1, mean, name, color=theme.text, **place)
-    shown = [own for name, own in table.rows.items() if name not in (ALONE, FLOOR)]
+    shown = [own for name, own in table.rows.items() if name not in FLOORS]
     for own in sorted(shown, key=lambda own: own.trained):
         interval = own.interval()
         axes.plot(own.trained, 100 * own.first, marker="o", markersize=5, fillstyle="none", color=theme.series[5])

@@ -63,7 +63,7 @@ class Trained:
     Attributes:
         row: the row.
         records: the cells at the best rate, by seed.
-        times: the times of these cells, in the same order.
+        times: the times of all cells of the row, those of the sweep among them.
         is_at_the_end: whether the best rate is the lowest or the highest of its sweep.
         planned: the number of seeds that are planned.
     """
@@ -140,7 +140,8 @@ class Table:
         records = [record for record in map(self._store.record, planned) if record is not None]
         if not records:
             return None
-        times = [self._times.get(record.digest, {}) for record in records]
+        swept = [record for record in map(self._store.record, cells) if record is not None]
+        times = [self._times.get(record.digest, {}) for record in (*records, *swept)]
         is_at_the_end = bool(cells) and best in (cells[0].rate, cells[-1].rate)
         return Trained(row, records, times, is_at_the_end, len(planned))
 

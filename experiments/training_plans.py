@@ -36,6 +36,7 @@ class Row:
         middle: the middle one of the first three rates.
         optimiser: a key of `experiments.loop.OPTIMISERS`.
         head: modules that train as well.
+        swept: whether rates are swept; if not, all cells have the middle one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Row:
     middle: float = FACTORS
     optimiser: str = "adamw"
     head: tuple[str, ...] = (HEAD,)
+    swept: bool = True
 
     @property
     def method(self) -> str:
@@ -58,9 +60,14 @@ class Row:
 
 
 FLOOR, ALONE = "linear model on embeddings", "head alone"
+ALONE_FIXED = f"{ALONE}, rate {HEAD_RATE:g}"
+FLOORS = (FLOOR, ALONE, ALONE_FIXED)
+"""The names of the rows that adapt nothing."""
+_ALONE: Mapping[str, Any] = {"method": "full", "target": {"modules": [HEAD]}}
 _LISTED: Sequence[Row] = (
     Row(FLOOR, None),
-    Row(ALONE, {"method": "full", "target": {"modules": [HEAD]}}, HEAD_RATE, head=()),
+    Row(ALONE, _ALONE, HEAD_RATE, head=()),
+    Row(ALONE_FIXED, _ALONE, HEAD_RATE, head=(), swept=False),
     Row("full", {"method": "full", **_LINEAR}, WEIGHTS),
     Row("LoRA", {"method": "lora", **_SCALED}),
     Row("DoRA", {"method": "dora", **_SCALED}),
@@ -117,7 +124,7 @@ _OTHERS: Sequence[Row] = (
 ROWS = {row.name: row for row in (*_LISTED, *_OTHERS)}
 REPEATED = {row: row in _LISTED for row in ROWS.values()}
 """All rows, and whether they are trained with several seeds."""
-_COMPARED = (FLOOR, ALONE, "full", "LoRA", "DoRA", "Houlsby", "prefix", "SpIEL", "BitFit")
+_COMPARED = (*FLOORS, "full", "LoRA", "DoRA", "Houlsby", "prefix", "SpIEL", "BitFit")
 COMPARED = {ROWS[name]: True for name in _COMPARED}
 """The rows that are trained on every task."""
 
@@ -202,9 +209,9 @@ Rows = Mapping[Row, bool]
 
 
 def swept_row(setting: Repeated, row: Row, known: Known) -> tuple[list[Cell], float | None]:
-    """Return a row's sweep as `swept` does. A row without a method has no rate: its sweep is empty, and the rate 0."""
-    if row.fields is None:
-        return [], 0.0
+    """Return a row's sweep as `swept` does: empty, with the row's only rate, if it sweeps none; 0 without a method."""
+    if row.fields is None or not row.swept:
+        return [], 0.0 if row.fields is None else row.middle
     return swept(lambda rate: setting.cell(row, rate, setting.seeds[0]), row.middle, known)
 
 
@@ -255,12 +262,12 @@ def setting_of(part: str, task: str, texts: int, quick: bool = False, **fields: 
 
 def encoder(quick: bool = False) -> Part:
     """Return the part that trains every method on one task."""
-    return _part("encoder", encoder_settings, _first(COMPARED, 4) if quick else REPEATED, quick)
+    return _part("encoder", encoder_settings, _first(COMPARED, 5) if quick else REPEATED, quick)
 
 
 def tasks(quick: bool = False) -> Part:
     """Return the part that trains some methods on several tasks."""
-    return _part("tasks", task_settings, _first(COMPARED, 3) if quick else COMPARED, quick)
+    return _part("tasks", task_settings, _first(COMPARED, 4) if quick else COMPARED, quick)
 
 
 def _first(rows: Rows, count: int) -> Rows:

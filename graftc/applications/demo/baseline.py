@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
     from torch import nn
+
+PENALTIES = (1.0, 10.0, 100.0)
+"""The inverse strengths of the L2 penalty that logistic regression chooses from."""
 
 
 def embed(encoder: nn.Module, data: Encoded, on_batch: Callable[[int], None] | None = None) -> torch.Tensor:
@@ -38,18 +42,23 @@ def logistic_regression(
     test_labels: Sequence[int],
     classes: int,
 ) -> Scores:
-    """Fit scikit-learn's default model (L2 penalty, C = 1) to the training embeddings; score it on the test embeddings.
+    """Fit logistic regression to the training embeddings; score it on the test embeddings.
 
-    The baseline is not weak: with C = 1, 3, 10, 30, 100 or 300, and with embeddings that are not scaled to unit length,
-    the macro-F1 on R8 never improves by more than 0.1 points.
+    The inverse strength C of the L2 penalty is the one of `PENALTIES` that is most accurate in cross-validation on the
+    training embeddings, with five folds, or as many as the largest class has texts. No single value would do: with
+    1,000 texts of 20 Newsgroups C = 1 is 3 to 5 points better than 100; with 16 texts a class of R52 it is 4 to 6
+    points worse.
 
     Raises:
         GraftError: GC061 if scikit-learn is not installed.
+        ValueError: if no class has two training texts.
     """
     try:
         from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import GridSearchCV
     except ImportError:
         raise GraftError("GC061", "the baseline needs scikit-learn", hint="pip install 'graftc[demo]'") from None
-    model = LogisticRegression(max_iter=2000)
+    folds = min(5, max(Counter(train_labels).values()))
+    model = GridSearchCV(LogisticRegression(max_iter=2000), {"C": PENALTIES}, cv=folds)
     model.fit(train.numpy(), list(train_labels))
     return score([int(p) for p in model.predict(test.numpy())], list(test_labels), classes)
