@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 _COMMANDS = (
-    *("compile", "import_peft", "inspect", "merge", "convert", "export", "card", "verify", "diff"),
+    *("compile", "import_peft", "inspect", "merge", "convert", "export", "card", "sign", "verify", "diff"),
     *("serve_check", "serve_plan", "generate", "chat", "pet", "check", "roles", "methods", "schema", "demo"),
 )
 """The files in `graftc.cli.commands`, each with a command of the same name, in the order in which help lists them."""

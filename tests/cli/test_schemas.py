@@ -26,8 +26,8 @@ from tests.kit.places import ROOT
 PUBLISHED = ROOT / "docs" / "schemas"
 SPEC = "adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]\ntrain: [classifier]\n"
 COMMANDS = (
-    *("methods", "roles", "check", "compile", "import-peft", "merge", "convert", "export", "card", "verify", "diff"),
-    *("serve-check", "serve-plan", "inspect", "demo", "demo-llm", "generate", "chat", "pet"),
+    *("methods", "roles", "check", "compile", "import-peft", "merge", "convert", "export", "card", "sign", "verify"),
+    *("diff", "serve-check", "serve-plan", "inspect", "demo", "demo-llm", "generate", "chat", "pet"),
 )
 
 

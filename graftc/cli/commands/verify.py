@@ -59,12 +59,34 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    signed_by: Annotated[
+        Path | None,
+        typer.Option(
+            "--signed-by",
+            metavar="KEYS",
+            help="Require a signature by one of these public keys: a .pub file of OpenSSH, or several lines of such.",
+            show_default=False,
+        ),
+    ] = None,
+    signature: Annotated[
+        Path | None,
+        typer.Option(
+            "--signature",
+            metavar="FILE",
+            help="The signature, if it is not beside the folder; with --signed-by.",
+            show_default=False,
+        ),
+    ] = None,
     files_only: Annotated[
         bool, typer.Option("--files-only", help="Check the files only; the base is not needed.")
     ] = False,
 ) -> VerifyResult:
     """Recompute an artifact's hashes, base, sites, graphs and certificate, or the sources of a merged folder."""
     _check_options(directory, model, adapter, files_only)
+    signed = _signed(directory, signed_by, signature)
+    if any(check.passed is False for check in signed):
+        run.status = 1
+        return VerifyResult(artifact=str(directory), passed=False, checks=signed)
     if adapter is None:
         from graftc.runtime.loading.verify import verify as verify_folder
 
@@ -76,7 +98,25 @@ def verify(
         advance = throughput(run.step, "folding and comparing")
         verification = verify_checkpoint(directory, adapter, model, progress=advance)
     run.status = 0 if verification.passed else 1
-    return VerifyResult(artifact=str(directory), passed=verification.passed, checks=tuple(verification.checks))
+    return VerifyResult(artifact=str(directory), passed=verification.passed, checks=(*signed, *verification.checks))
+
+
+def _signed(directory: Path, keys: Path | None, signature: Path | None) -> tuple[Check, ...]:
+    """Return the check of the signature, which comes before everything else; nothing if no key is named.
+
+    Raises:
+        GraftError: GC061, GC080 or GC094 as in `signature_problem`; GC090 for a signature without keys.
+    """
+    from graftc.specs.errors.diagnostics import GraftError
+
+    if keys is None:
+        if signature is not None:
+            raise GraftError("GC090", "--signature has no effect without --signed-by", hint="name the signer's key")
+        return ()
+    from graftc.runtime.artifact.signatures import signature_problem
+
+    problem, signer = signature_problem(directory, keys, signature)
+    return (Check("signature", not problem, problem or f"signed by {signer}"),)
 
 
 def _check_options(directory: Path, model: str | None, adapter: Path | None, files_only: bool) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from graftc.compiler.capture.capture import Capture
@@ -23,19 +21,6 @@ from graftc.runtime.artifact.manifest import canonical_json
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.sources.reference import Reference
 from graftc.specs.errors.diagnostics import warn
-from graftc.version import __version__
-
-
-def versions() -> dict[str, str]:
-    """Return the current versions of graftc, Python, torch and transformers."""
-    import transformers
-
-    return {
-        "graftc": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def base(compiled: AdaptedRunner, reference: Reference, identity: Identity) -> dict[str, Any]:

@@ -63,6 +63,9 @@ class Versions(ManifestEntry):
     transformers: str
     """Of transformers."""
 
+    code: Digest | None = None
+    """Of graftc's own code, as `graftc.runtime.artifact.origin.code_digest` computes it; null in older artifacts."""
+
 
 class BaseTensor(ManifestEntry):
     """One tensor of the base."""

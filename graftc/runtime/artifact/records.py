@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from graftc.records.certificate import Certificate, require_consistent
 from graftc.records.reading import from_json
 from graftc.runtime.artifact.fields import MANIFEST_BYTES, TEXT_BYTES, Digest, File
-from graftc.runtime.artifact.manifest import SCHEMA_VERSION, damaged, first_error, sealed, unsealed
+from graftc.runtime.artifact.manifest import SCHEMA_VERSION, Versions, damaged, first_error, sealed, unsealed
+from graftc.runtime.artifact.origin import origin
 from graftc.runtime.artifact.places import RECORD
 from graftc.specs.records.record import Record
 from graftc.specs.regular_files import read_regular
@@ -59,6 +60,9 @@ class MergedRecord(Record, closed=True):
     adapter: MergedAdapter | None = None
     """The adapter; null for a merge in memory."""
 
+    versions: Versions | None = None
+    """The versions and the code that wrote it; null in older records."""
+
 
 def write_merged_record(
     folder: Path, spec: str, certificate: Certificate, files: Mapping[str, Any], **adapter: str
@@ -77,6 +81,7 @@ def write_merged_record(
         "schema_version": SCHEMA_VERSION,
         "spec": spec,
         "base": certificate.fingerprint,
+        "versions": origin(),
         **({"adapter": adapter} if adapter else {}),
         "certificate": certificate.to_json(),
         "files": dict(files),

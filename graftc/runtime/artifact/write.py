@@ -31,6 +31,7 @@ from graftc.runtime.artifact.manifest import (
     read_manifest,
     sealed,
 )
+from graftc.runtime.artifact.origin import origin
 from graftc.runtime.artifact.places import is_ours
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.runner import ModelRoot, runner_of
@@ -142,7 +143,7 @@ def _write(
     data = {
         "artifact": "graftc",
         "schema_version": SCHEMA_VERSION,
-        "versions": entries.versions(),
+        "versions": origin(),
         "seed": compilation.seed,
         "base": entries.base(compiled, reference, identity),
         "signatures": signatures,

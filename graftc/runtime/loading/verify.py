@@ -15,8 +15,8 @@ from graftc.passes.core.ir.printer import structural_hash, value_numbers
 from graftc.passes.core.ir.program import Program
 from graftc.records.certificate import Certificate
 from graftc.records.verification import Check
-from graftc.runtime.artifact.entries import versions
 from graftc.runtime.artifact.manifest import MANIFEST
+from graftc.runtime.artifact.origin import are_installed
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.artifact.read import Artifact, check_files, files_of, open_artifact
 from graftc.runtime.artifact.records import read_merged_record
@@ -169,7 +169,7 @@ def _statements(artifact: Artifact) -> tuple[bool | None, str]:
 
 def _unless_other_versions(artifact: Artifact, wrong: str) -> tuple[bool | None, str]:
     """Return the result for a description that other versions of the libraries may also explain."""
-    if artifact.manifest.versions.model_dump() == versions():
+    if are_installed(artifact.manifest.versions):
         return False, wrong
     return None, f"with different versions of the libraries, {wrong}"
 
@@ -183,7 +183,7 @@ def _graphs(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
         other = different_graph(signature, compilation, current.signature) or _changed(artifact, number, programs)
         if other is not None:
             same = [c.key for c in current.captures] == [c.key for c in signature.captures] and current.captures[0].key
-            if not same and artifact.manifest.versions.model_dump() != versions():
+            if not same and not are_installed(artifact.manifest.versions):
                 return None, "with different versions of the libraries, the same places have different graphs"
             return False, f"the {other} graph of signature {number} differs when it is captured again"
     return True, f"the same, captured and rewritten again for {counted(len(current_signatures), 'signature')}"

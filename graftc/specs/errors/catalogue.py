@@ -412,6 +412,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "A target consists of roles, modules, expressions and layers, each for all of its sites, and no combination of "
      "these selects exactly the places in the selection.",
      "Split the selection by role or by module, and write an adaptation for each part."),
+    ("GC094", _SPEC, "a key cannot be used",
+     "The file does not contain a key of the required kind (private to sign, public to verify), contains a key for an "
+     "algorithm other than Ed25519 or ECDSA, or is encrypted and the passphrase is missing or wrong.",
+     "`ssh-keygen -t ed25519` makes a pair of keys: sign with the file itself, verify with FILE.pub."),
     ("GC099", _FAILED, "an unexpected failure",
      "This is a bug in graftc, or a library failed in a way that graftc does not recognise.",
      "Run the command again with `GRAFTC_DEBUG=1` in the environment, which shows the traceback, and report it."),
