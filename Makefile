@@ -25,7 +25,7 @@ CHECKS   := @set -e; $(MAKE) --no-print-directory types & types=$$!; trap 'kill 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint style types format wheel coverage page results bench bench-train bench-methods bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint style types format wheel release coverage page results bench bench-train bench-methods bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -128,9 +128,11 @@ format: setup ## put the code in shape
 page: ## rebuild the one bundle of the page that is not ours (needs npm): assets/vendor/dagre.js
 	cd graftc/runtime/view/assets/vendor && npm ci --silent && node build.mjs && rm -rf node_modules
 
-wheel: setup ## build the wheel (build/wheel) and try it from another folder
+wheel: setup ## build the wheel (build/wheel) twice, compare, and try it from another folder
 	@set -e; root="$$PWD"; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; rm -rf build/wheel; \
 	$(BIN)/python -m pip wheel -q --no-index --no-deps --no-build-isolation -w build/wheel .; \
+	$(BIN)/python -m pip wheel -q --no-index --no-deps --no-build-isolation -w "$$tmp/again" .; \
+	cmp build/wheel/graftc-*.whl "$$tmp"/again/graftc-*.whl || { echo "the wheel is not the same bytes twice"; exit 1; }; \
 	$(BIN)/python -m pip install -q --no-index --no-deps --target "$$tmp/site" build/wheel/graftc-*.whl; \
 	(cd graftc && find . -name '*.py' -o -name py.typed -o -path '*/assets/*' -type f) | sort > "$$tmp/sources"; \
 	(cd "$$tmp/site/graftc" && find . -name '*.py' -o -name py.typed -o -path '*/assets/*' -type f) | sort > "$$tmp/installed"; \
@@ -139,7 +141,21 @@ wheel: setup ## build the wheel (build/wheel) and try it from another folder
 	"$$root/$(BIN)/python" -c 'import graftc, sys; assert graftc.__file__.startswith(sys.argv[1]), graftc.__file__' "$$tmp/site"; \
 	"$$root/$(BIN)/python" -m graftc methods --json > methods.json; \
 	"$$root/$(BIN)/python" -c 'import json; assert "lora" in json.dumps(json.load(open("methods.json")))'; \
-	echo "wheel: built, installed and run from another folder"
+	echo "wheel: built, the same bytes twice, installed and run from another folder"
+
+# The environment of the bill of materials has the wheel and what it needs, and nothing else.
+release: wheel ## what is published, in dist/: wheel, sdist and SBOM, with licences (REUSE) and the workflow (zizmor) checked
+	@set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; rm -rf dist; mkdir dist; \
+	$(BIN)/python -c 'import hatchling, importlib.metadata as m; [m.version(name) for name in ("reuse", "zizmor", "cyclonedx-bom")]' \
+	  2>/dev/null || $(BIN)/python -m pip install -q -e ".[release]"; \
+	$(BIN)/reuse lint --quiet || { $(BIN)/reuse lint; exit 1; }; \
+	$(BIN)/zizmor --offline --no-progress .github/workflows; \
+	cp build/wheel/graftc-*.whl dist/; \
+	$(BIN)/python -m hatchling build -t sdist -d dist; \
+	$(PYTHON) -m venv "$$tmp/bare"; \
+	"$$tmp/bare/bin/python" -m pip install -q dist/graftc-*.whl; \
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o dist/graftc.cdx.json "$$tmp/bare/bin/python"; \
+	echo "release: $$(cd dist && ls | tr '\n' ' ')"
 
 coverage: setup ## examine every architecture of the installed transformers, write docs/coverage.* (JOBS=2, ARGS)
 	$(TEST_ENV) $(BIN)/python -m tools.coverage --jobs $(JOBS) $(ARGS)
