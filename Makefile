@@ -25,7 +25,7 @@ CHECKS   := @set -e; $(MAKE) --no-print-directory types & types=$$!; trap 'kill 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint style types format wheel release coverage page results bench bench-train bench-methods bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint style types format wheel release coverage mutants page results bench bench-train bench-methods bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -159,6 +159,10 @@ release: wheel ## what is published, in dist/: wheel, sdist and SBOM, with licen
 
 coverage: setup ## examine every architecture of the installed transformers, write docs/coverage.* (JOBS=2, ARGS)
 	$(TEST_ENV) $(BIN)/python -m tools.coverage --jobs $(JOBS) $(ARGS)
+
+# The map of lines and tests, and the outcomes, are in build/mutants: remove it to start over.
+mutants: setup ## whether tests notice small changes of folds, roles, masks, lowering and readers (up to three hours; ARGS)
+	$(TEST_ENV) PYTHONPATH=. $(BIN)/python -m tools.mutants $(ARGS)
 
 bench-train: setup ## what a training step costs, beside peft: benchmarks/results/train.* (ARGS="--rounds 30 --only DoRA")
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install -q -e ".[bench]"
