@@ -160,7 +160,7 @@ def test_auto_decides_by_size(vocabulary: int, chunked: bool) -> None:
     assert ("logits" not in compiled(**CALL)) is chunked
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_auto_counts_what_checkpoints_keep() -> None:
     """Layers that keep only their inputs leave a larger share of the memory to the logits."""
     for checkpoint, chunked in ((None, False), ("layers", True)):
@@ -168,7 +168,7 @@ def test_auto_counts_what_checkpoints_keep() -> None:
         assert ("logits" not in compiled(**CALL)) is chunked
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_objectives_that_compare_outputs_keep_them() -> None:
     spec = {"adapt": [{"method": "adamix_lora", "target": {"role": "attn.q"}}]}
     with pytest.warns(GraftWarning, match="GC151.*compares the outputs of several passes"):
