@@ -94,13 +94,15 @@ def test_columns_are_of_characters() -> None:
 
 
 def test_keys_follow_the_lines() -> None:
-    """A key stays when the function moves, and changes with the line."""
+    """A key stays when the function moves, and changes with the line; the same line elsewhere has another."""
 
     def keys(text: str) -> set[str]:
         return {one.key("a.py", text) for one in mutations(text) if one.kind == "arithmetic"}
 
     assert keys(EVERY_KIND) == keys("import ast\n\n" + EVERY_KIND)
     assert keys(EVERY_KIND) != keys(EVERY_KIND.replace("total += min", "total -= min"))
+    twice = "for a in b:\n    if a:\n        continue\n    if c:\n        continue\n"
+    assert len({one.key("a.py", twice) for one in mutations(twice) if one.kind == "loop"}) == 2
 
 
 def test_the_choice_depends_on_the_seed_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,7 @@ def main(
     parser.add_argument("--again", action="store_true", help="run those again that survived, as after adding tests")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"that a mutant may take ({SECONDS:.0f})")
     parser.add_argument("--marks", default=MARKS, help=f"which tests, as pytest's -m ({MARKS})")
+    parser.add_argument("--as-measured", action="store_true", help="measure no tests, but use what is known of them")
     parser.add_argument("--table", action="store_true", help="only print what is known")
     options = parser.parse_args(arguments)
 
@@ -51,7 +53,7 @@ def main(
     tree.update()
     known = Map(tree, work)
     sources = [path for area in areas for path in area.files(root)]
-    if not options.table and options.show is None:
+    if not (options.table or options.as_measured or options.show is not None):
         for area in areas:
             known.measure(area, sources, options.marks, lambda text: print(text, flush=True))
     coverage = known.read(options.marks)
@@ -124,4 +126,7 @@ def _summary(
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that the tests that run end too, and the copy is restored
     sys.exit(main())

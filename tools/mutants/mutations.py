@@ -87,11 +87,12 @@ class Mutation:
         return text[first:last].strip(), (text[first : self.start] + self.new + text[self.end : last]).strip()
 
     def key(self, path: str, text: str) -> str:
-        """Return a digest of the file's path, the scope, and the lines before and after.
+        """Return a digest of the file's path, the scope, and the line above the change and its own, before and after.
 
-        It stays while these lines do, wherever they move within their function.
+        It stays while these lines do, wherever the function moves.
         """
-        parts = (path, self.scope, self.kind, *self.lines(text))
+        above = text[: self.start].splitlines()[: self.line - 1][-1:]
+        parts = (path, self.scope, self.kind, *(line.strip() for line in above), *self.lines(text))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

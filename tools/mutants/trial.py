@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tools.mutants.choice import Mutant
@@ -22,6 +22,8 @@ from tools.mutants.tree import Tree
 
 SECONDS = 180.0
 """What a mutant may take."""
+FIRST = 4
+"""Files of tests that run before the others are even collected, which takes longer than most tests."""
 LONG = 20.0
 """Seconds below which no test counts as endless, however little it took when it was measured."""
 MEMORY = 16 << 30
@@ -86,8 +88,21 @@ def tried(tree: Tree, mutant: Mutant, tests: Sequence[tuple[str, float]], limit:
         tests: the ids of tests with the seconds each takes, in their order.
         limit: seconds.
     """
+    files = list(dict.fromkeys(map(file_of, tests)))
+    first = [test for test in tests if file_of(test) in files[:FIRST]]
+    outcome, ran, begun = Outcome(mutant.trial, "survived", "", 0.0, 0), 0, time.time()
     with tree.changed(mutant.path, mutant.mutation.applied(mutant.text)):
-        return _run(tree, mutant.trial, tests, limit)
+        for part in (first, [test for test in tests if test not in first]):
+            left = limit - (time.time() - begun)
+            if part and left > 0 and outcome.outcome == "survived":
+                outcome = _run(tree, mutant.trial, part, left)
+                ran += outcome.ran
+    return replace(outcome, seconds=round(time.time() - begun, 1), ran=ran)
+
+
+def file_of(test: tuple[str, float]) -> str:
+    """Return the file of a test that is given by its id and its seconds."""
+    return test[0].partition("::")[0]
 
 
 def failing_without(tree: Tree, tests: Iterable[tuple[str, float]], limit: float = 3600.0) -> str:
@@ -100,13 +115,11 @@ def failing_without(tree: Tree, tests: Iterable[tuple[str, float]], limit: float
 
 
 def _run(tree: Tree, key: str, tests: Sequence[tuple[str, float]], limit: float) -> Outcome:
-    if not tests:
-        return Outcome(key, "survived", "", 0.0, 0)
     begun = time.time()
     with tempfile.TemporaryDirectory() as folder:
         chosen, times = Path(folder, "chosen.json"), Path(folder, "times.jsonl")
         chosen.write_text(json.dumps(tests), encoding="utf-8")
-        files = list(dict.fromkeys(test.partition("::")[0] for test, _ in tests))
+        files = list(dict.fromkeys(map(file_of, tests)))
         plugin = ["-p", "tools.mutants.recording", "-p", "no:cacheprovider"]
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-x", "-q", *plugin, *files],
