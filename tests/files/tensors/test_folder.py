@@ -256,6 +256,24 @@ def test_an_index_that_says_otherwise(tmp_path: Path, change: Callable[[dict[str
     assert unreadable(tmp_path).code == "GC113"
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error", "/where/a.safetensors"), ValueError("it is cut off")]
+)
+def test_why_a_file_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | ValueError
+) -> None:
+    """The message has the system's own words, or the reader's, and the file's name once."""
+
+    def failing(path: Path) -> None:
+        raise error
+
+    sharded(tmp_path)
+    monkeypatch.setattr("graftc.files.tensors.folder.read_shard", failing)
+    why = "Input/output error" if isinstance(error, OSError) else "it is cut off"
+    message = unreadable(tmp_path).message
+    assert message.startswith(f"{tmp_path} is damaged: a.safetensors: {why}") and "/where" not in message
+
+
 def test_an_index_may_list_less_where_transformers_reads_files_whole(tmp_path: Path) -> None:
     tensors = sharded(tmp_path)
     edit_index(tmp_path, lambda data: data["weight_map"].pop("scalar"))
