@@ -23,7 +23,7 @@ def asked(loss: str, shapes: list[tuple[int, ...]], *outcomes: LoweringOutcome) 
     outputs = [SimpleNamespace(meta={"val": torch.empty(shape)}) for shape in shapes]
     program: Any = SimpleNamespace(output_node=SimpleNamespace(all_input_nodes=outputs))
     warn_of_whole(
-        Spec.model_validate({"adapt": [{"method": "lora"}], "memory": {"loss": loss}}), program, list(outcomes)
+        Spec.model_validate({"adapt": [{"method": "bitfit"}], "memory": {"loss": loss}}), program, list(outcomes)
     )
 
 
