@@ -225,7 +225,7 @@ def test_what_true_says_in_a_mask(way: str, fixed: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.sample("t5")
+@pytest.mark.sample("llama", "t5")
 @pytest.mark.parametrize("family", ["llama", "t5", "mixtral"])
 def test_layers_share_one_mask(family: str) -> None:
     """The mask is extended as often as the model creates it, and where it does, instead of once per layer."""
