@@ -52,8 +52,12 @@ def _names(module: Any) -> Iterator[str]:
 
 
 def _members(cls: type) -> Iterator[str]:
-    """Yield the public members that the class or one of graftc's classes above it defines, by their names."""
+    """Yield the public members that the class or one of graftc's classes above it defines, by their names.
+
+    What a class has from pydantic is pydantic's to promise.
+    """
     members: dict[str, str] = {}
+    foreign = dir(BaseModel) if issubclass(cls, BaseModel) else ()
     for base in reversed(cls.__mro__):
         if base.__module__.split(".")[0] != "graftc":
             continue
@@ -63,7 +67,7 @@ def _members(cls: type) -> Iterator[str]:
             described = _member(name, value)
             if described is not None:
                 members[name] = described
-    yield from (members[name] for name in sorted(members) if not name.startswith("_"))
+    yield from (members[name] for name in sorted(members) if not name.startswith("_") and name not in foreign)
 
 
 def _member(name: str, value: Any) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import math
 import unicodedata
-from typing import Annotated, TypeAlias
+from typing import Annotated, ClassVar, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -59,7 +59,7 @@ Size: TypeAlias = Annotated[int, Field(ge=0, le=2**24)] | AxisName
 class ManifestEntry(BaseModel):
     """Base class of everything in a manifest: frozen, without extra fields, and without conversions."""
 
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 

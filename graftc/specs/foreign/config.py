@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
@@ -39,7 +39,7 @@ _Rank = Annotated[int, Field(gt=0)]
 class LoraFields(BaseModel):
     """The types of LoRA's own fields that engines compute with. A null rank or alpha has the right type."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
     r: _Rank | None = None
     lora_alpha: float | None = None
@@ -60,7 +60,7 @@ _Range = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_le
 class DocumentFields(BaseModel):
     """The types of fields that concern more than the adaptation; see `PeftFormat.document`."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     layer_replication: Annotated[list[_Range], Field(strict=False)] | None = None
 
@@ -68,7 +68,7 @@ class DocumentFields(BaseModel):
 class AdapterConfig(BaseModel):
     """The common fields of all types; a type's own fields are in `model_extra`, checked against its table."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
     peft_type: str
     task_type: str | None = None
