@@ -1,0 +1,242 @@
+"""A case of the campaign, and its checks."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.registry import method_specs
+from graftc.testing import inputs_for, perturb
+from tools.campaign.blocks import Attention, Part, build, inputs_of
+from tools.campaign.comparing import Comparison, record_of, tolerance_of
+from tools.campaign.eager import Eager, leaves
+from tools.campaign.grammar import Model, draw_model
+from tools.campaign.reference import WITHOUT_GRADIENTS, NoReferenceError
+from tools.campaign.routes import ROUTES, Run, usable
+from tools.campaign.specs import draw_spec
+
+Record = dict[str, Any]
+SIZES = ((3, 4), (2, 6))
+"""Batch and positions of the calls; the first is the one that models are compiled with."""
+INTERNAL = frozenset({"GC040", "GC041", "GC051", "GC053", "GC099"})
+"""Codes that no case may end with: a broken invariant, a wrong graph, a fold that is not certified, a crash."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a spec and routes.
+
+    Attributes:
+        seed: the seed of adapter tensors, their perturbation and the inputs.
+        model: the description of the model.
+        spec: the spec.
+        routes: names of `ROUTES`.
+        noise: the standard deviation of the perturbation.
+    """
+
+    seed: int
+    model: Model
+    spec: dict[str, Any]
+    routes: tuple[str, ...]
+    noise: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the case as plain data."""
+        own = {"seed": self.seed, "spec": self.spec, "routes": list(self.routes), "noise": self.noise}
+        return {**own, "model": self.model.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Case:
+        """Return the case that `to_json` has written."""
+        model = Model.from_json(data["model"])
+        return cls(data["seed"], model, data["spec"], tuple(data["routes"]), data["noise"])
+
+
+def draw_case(seed: int, only: str | None = None) -> Case:
+    """Return the case of a seed.
+
+    Args:
+        seed: the seed.
+        only: the one route to take, if the case has it; by default two are drawn.
+    """
+    model = draw_model(seed)
+    spec = draw_spec(seed, model, build(model))
+    draw = random.Random(f"case {seed}")
+    routes = usable(model, spec)
+    chosen = sorted(draw.sample(routes, min(2, len(routes))))
+    noise = draw.choice((0.02, 0.05, 0.2))
+    return Case(seed, model, spec, tuple(chosen) if only is None else (only,) * (only in routes), noise)
+
+
+def check(case: Case, tell: Callable[[Record], None] = lambda record: None) -> Record:
+    """Run a case.
+
+    Args:
+        case: the case.
+        tell: called with what is known after every check, for whoever has to report a process that dies.
+
+    Returns:
+        A record with ``checks``, each with a ``status``: ``equal``, ``refused`` with a ``code``, ``difference`` or
+        ``error``; and with the ``reference`` of outputs, ``eager`` or ``compiled``.
+    """
+    record: Record = {"seed": case.seed, "checks": {}, "reference": "eager"}
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="campaign-") as folder:
+        warnings.simplefilter("ignore")
+        built = build(case.model)
+        before = {name: tensor.clone() for name, tensor in built.state_dict().items()}
+        _checked(record, "compile", lambda: _compile(case, built, record, Path(folder), tell))
+        after = built.state_dict()
+        same = before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+        record["checks"]["base unharmed"] = {"status": "equal" if same else "difference"}
+    return record
+
+
+def findings(record: Record) -> dict[str, Record]:
+    """Return the checks of a record that need an explanation."""
+    return {
+        name: each
+        for name, each in record["checks"].items()
+        if each["status"] in ("difference", "error") or each.get("code") in INTERNAL
+    }
+
+
+def _checked(record: Record, name: str, work: Callable[[], Iterator[Comparison]]) -> None:
+    """Run one check and record how it ends."""
+    try:
+        with torch.random.fork_rng(devices=()):
+            result = record_of(list(work()))
+    except GraftError as error:
+        result = {"status": "refused", "code": error.code, "message": str(error).splitlines()[0][:300]}
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        text = f"{type(error).__name__}: {error}"
+        result = {"status": "error", "error": type(error).__name__, "message": f"{text[:300]} at {where}"}
+        record["trace"] = traceback.format_exc()[-4000:]
+    if result["status"] != "nothing":
+        record["checks"][name] = result
+
+
+def _compile(
+    case: Case, built: nn.Module, record: Record, folder: Path, tell: Callable[[Record], None]
+) -> Iterator[Comparison]:
+    family = case.model.family
+    example = None if family else inputs_of(case.model, built, SIZES[0], case.seed)
+    compiled: Any = graftc.compile(case.spec, built, example, seed=case.seed, cache=False).eval()
+
+    def inputs(sizes: tuple[int, int]) -> dict[str, Tensor]:
+        if family:
+            return inputs_for(compiled, sizes, seed=case.seed, front=False)
+        return inputs_of(case.model, built, sizes, case.seed)
+
+    calls = [inputs(sizes) for sizes in SIZES]
+    tolerance = tolerance_of(family)
+    with torch.no_grad():
+        if _starts_as_base(case.spec):
+            for given in calls:
+                yield Comparison("before training", leaves(compiled(**given)), leaves(built(**given)), tolerance)
+    perturb(compiled, case.noise, case.seed)
+    tensors = compiled.adapter_state_dict()
+    eager: Eager | None = None
+    try:
+        eager = Eager(built, case.spec)
+        eager.weights(tensors)
+    except NoReferenceError as reason:
+        eager, record["reference"], record["no_reference"] = None, "compiled", str(reason)
+    with torch.no_grad():
+        outputs = [leaves(compiled(**given)) for given in calls]
+        expected = outputs if eager is None else [leaves(eager.call(tensors, given)) for given in calls]
+    run = Run(case.seed, case.model, case.spec, built, compiled, eager, list(zip(calls, expected, strict=True)), folder)
+    if eager is not None:
+        _checked(record, "outputs", lambda: iter([
+            Comparison(f"call {n}", a, b, tolerance) for n, (a, b) in enumerate(zip(outputs, expected, strict=True))
+        ]))  # fmt: skip
+        _checked(record, "places", lambda: _places(run))
+        if not eager.methods & WITHOUT_GRADIENTS:
+            _checked(record, "gradients", lambda: _gradients(run))
+        tell(record)
+    for name in case.routes:
+        record["step"] = name
+        tell(record)
+        _checked(record, name, lambda name=name: ROUTES[name](run))  # type: ignore[misc]
+    record.pop("step", None)
+
+
+def _starts_as_base(spec: Mapping[str, Any]) -> bool:
+    claims = [method_specs()[entry["method"]].claims for entry in spec["adapt"]]
+    return all(claim.identity_at_init for claim in claims)
+
+
+def _gradients(run: Run) -> Iterator[Comparison]:
+    """Compare outputs in train mode, and the gradients of a loss of every output, with the eager model's."""
+    assert run.eager is not None
+    inputs, expected = run.calls[0]
+    generator = torch.Generator().manual_seed(run.seed)
+    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in expected]
+    wanted = {n: p for n, p in run.compiled.named_parameters() if p.requires_grad}
+    run.compiled.zero_grad()
+    try:
+        outputs = leaves(run.compiled.train()(**inputs))
+        yield Comparison("train mode", outputs, expected, run.tolerance)
+        torch.stack([(a * b).sum() for a, b in zip(outputs, weights, strict=True)]).sum().backward()
+    finally:
+        run.compiled.eval()
+    own = {n: t.detach().clone() for n, t in run.compiled.adapter_state_dict().items()}
+    for name in wanted:
+        own[name].requires_grad_(True)
+    theirs = leaves(run.eager.call(own, inputs))
+    torch.stack([(a * b).sum() for a, b in zip(theirs, weights, strict=True)]).sum().backward()
+    names = list(wanted)
+    actual = [_or_zeros(wanted[name].grad, wanted[name]) for name in names]
+    yield Comparison("gradients", actual, [_or_zeros(own[name].grad, wanted[name]) for name in names], run.tolerance * 10)
+    run.compiled.zero_grad()
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient
+
+
+def _places(run: Run) -> Iterator[Comparison]:
+    """Compare the weights that were adapted with those that the spec names, and roles with what the grammar built."""
+    assert run.eager is not None
+    found = run.eager.adapted(run.compiled.adapter_state_dict())
+    for entry in run.spec["adapt"]:
+        target = entry.get("target", {})
+        mine = {(weight, rows) for name, weight, rows in found if name == entry["name"]}
+        if not mine or entry.get("bias", "none") != "none":
+            continue
+        if "modules" in target:
+            modules = {weight.rpartition(".")[0] for weight, _ in mine}
+            if modules != set(target["modules"]):
+                raise AssertionError(f"{entry['name']} adapts {sorted(modules)}, not {target['modules']}")
+        elif run.model.family is None:
+            wanted = _truth(run.built, target["role"])
+            if wanted is not None and mine != wanted:
+                raise AssertionError(f"{entry['name']} adapts {sorted(map(str, mine))}, not {sorted(map(str, wanted))}")
+    yield Comparison("places", [torch.zeros(1)], [torch.zeros(1)], 1.0)
+
+
+def _truth(built: nn.Module, roles: list[str]) -> set[tuple[str, Any]] | None:
+    """Return the weights and rows of roles as the grammar built them; None if some attention has none to tell."""
+    wanted = set()
+    for path, module in built.named_modules():
+        if isinstance(module, Attention):
+            for role in roles:
+                if role not in module.roles:
+                    return None
+                child, rows = module.roles[role]
+                wanted.add((f"{path}.{child}.weight", rows))
+        elif isinstance(module, Part) and module.roles:
+            return None
+    return wanted
