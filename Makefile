@@ -10,6 +10,7 @@ QUICK  ?=
 JOBS   ?= 2
 PARTS  ?= parity encoder tasks decoder claims directions composition attention drift
 FUZZ   ?= 10000
+SEEDS  ?= 0:1000
 ARGS   ?=
 DEMO   := $(if $(OUT),--out "$(OUT)") $(if $(filter-out 0,$(QUICK)),--quick)
 
@@ -25,7 +26,7 @@ CHECKS   := @set -e; $(MAKE) --no-print-directory types & types=$$!; trap 'kill 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint style types format wheel release coverage mutants page results bench bench-train bench-methods bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint style types format wheel release coverage mutants campaign page results bench bench-train bench-methods bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +85,10 @@ gates: setup ## the long checks in tests/gates: fuzzing at full counts, real mod
 
 fuzz: setup ## random specs and changed artifacts, FUZZ of them (10,000 by default; some minutes)
 	$(TEST_ENV) GRAFTC_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/gates -k fuzz $(ARGS)
+
+# Results are kept in build/campaign: a killed run resumes, unless the sources have changed.
+campaign: setup ## random models, specs and routes against eager models, one process a seed (SEEDS=0:1000, JOBS, ARGS; hours)
+	$(TEST_ENV) $(BIN)/python -W ignore -m tools.campaign --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)
 
 test-gpu: setup ## the tests in tests/gpu (says so where there is no CUDA device)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

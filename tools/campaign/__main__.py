@@ -16,7 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0:1000", help="first and last seed, as in a slice (default: 0:1000)")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default: 1)")
     parser.add_argument("--only", help="the one route to take, instead of two drawn ones")
-    parser.add_argument("--show", type=int, metavar="SEED", help="print the case of a seed and its result, if there is one")
+    parser.add_argument(
+        "--show", type=int, metavar="SEED", help="print the case of a seed and its result, if there is one"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
     parser.add_argument("--any-state", action="store_true", help="keep results that other sources gave")
     parser.add_argument("--seconds", type=float, default=Limits.seconds, help="time of a seed (default: 120)")
@@ -27,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     seeds = range(int(first), int(last)) if last else range(int(first), int(first) + 1)
     results = given.results if given.only is None else given.results.with_suffix(f".{given.only}.jsonl")
     limits = Limits(seconds=given.seconds)
-    records = run(seeds, results, jobs=given.jobs, only=given.only, limits=limits, any_state=given.any_state)
+    records = run(
+        seeds, results, jobs=given.jobs, only=given.only, limits=limits, any_state=given.any_state, tell=_tell
+    )
     for title, counter in counts_of(records.values()).items():
         print(f"{title}: " + ", ".join(f"{name} {count}" for name, count in sorted(counter.items())))
     print(f"seconds: {sum(record.get('seconds', 0) for record in records.values()):.0f}")
@@ -37,6 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
         for check, text in record.get("scripts", {}).items():
             print(f"# {check}, reduced:\n{text}")
     return 1 if failed else 0
+
+
+def _tell(text: str) -> None:
+    print(text, flush=True)
 
 
 def _show(seed: int, results: Path) -> int:

@@ -1,17 +1,13 @@
-"""The modules of `grammar`'s descriptions."""
+"""The modules of `grammar`'s blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
-
-from graftc.testing import randomise, tiny
-from tools.campaign.grammar import Block, Layer, Model
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -24,7 +20,7 @@ Rows = tuple[tuple[int, int], ...]
 
 
 class Part(nn.Module):
-    """A block. ``roles`` has the rows of each role's weight, by the weight's path in the block; None for all rows."""
+    """A block. ``roles`` has the path of each role's map, or of its parameter, and its rows; None for all rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,13 +29,19 @@ class Part(nn.Module):
         """The layout of each stack of experts: ``rows`` for ``[experts, out, in]``, ``columns`` for its transpose."""
 
 
+def _columns(size: int, rows: int) -> nn.Module:
+    """Return one of GPT-2's maps, whose weight is ``[in, out]``."""
+    module: nn.Module = Conv1D(rows, size)  # type: ignore[no-untyped-call]
+    return module
+
+
 class MLP(Part):
     """Two maps around an activation; GPT-2's transposed maps in ``columns``."""
 
     def __init__(self, width: int, inner: int, activation: str, bias: bool, *, columns: bool = False) -> None:
         super().__init__()
-        self.up = Conv1D(inner, width) if columns else nn.Linear(width, inner, bias)
-        self.down = Conv1D(width, inner) if columns else nn.Linear(inner, width, bias)
+        self.up = _columns(width, inner) if columns else nn.Linear(width, inner, bias)
+        self.down = _columns(inner, width) if columns else nn.Linear(inner, width, bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,10 +89,12 @@ class Sliced(Part):
         super().__init__()
         self.both, self.down = nn.Linear(width, 2 * inner, bias), nn.Linear(inner, width, bias)
         self.activation, self.inner = ACTIVATIONS[activation], inner
+        self.roles = {"ffn.gate": ("both", ((0, inner),)), "ffn.up": ("both", ((inner, 2 * inner),))}
 
     def forward(self, x: Tensor) -> Tensor:
         """See `MLP.forward`."""
-        weight, bias, n = self.both.weight, self.both.bias, self.inner
+        weight, n = self.both.weight, self.inner
+        bias: Tensor | None = self.both.bias
         first = F.linear(x, weight[:n], None if bias is None else bias[:n])
         second = F.linear(x, weight[n:], None if bias is None else bias[n:])
         result: Tensor = self.down(self.activation(first) * second)
@@ -100,9 +104,7 @@ class Sliced(Part):
 class Attention(Part):
     """An attention over positions whose projections are stored in one of five ways."""
 
-    def __init__(
-        self, width: int, form: str, heads: int, groups: int, causal: bool, by_hand: bool, bias: bool
-    ) -> None:
+    def __init__(self, width: int, form: str, heads: int, groups: int, causal: bool, by_hand: bool, bias: bool) -> None:
         super().__init__()
         self.form, self.heads, self.groups, self.causal, self.by_hand = form, heads, groups, causal, by_hand
         self.size = size = width // heads
@@ -113,6 +115,8 @@ class Attention(Part):
         elif form == "in_proj":
             self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
             nn.init.xavier_uniform_(self.in_proj_weight)
+            runs = {p: ((i * width, (i + 1) * width),) for i, p in enumerate("qkv")}
+            self.roles = {f"attn.{p}": ("in_proj_weight", rows) for p, rows in runs.items()}
         else:
             self.q = nn.Linear(width, width, bias)
             self.v = nn.Linear(width, narrow, bias)
@@ -124,8 +128,9 @@ class Attention(Part):
             edges = (0, width, width + narrow, width + 2 * narrow)
             self.roles = {f"attn.{p}": ("qkv", ((edges[i], edges[i + 1]),)) for i, p in enumerate("qkv")}
         elif form == "interleaved":
-            runs = [tuple(((3 * h + i) * size, (3 * h + i + 1) * size) for h in range(heads)) for i in range(3)]
-            self.roles = {f"attn.{p}": ("qkv", rows if heads > 1 else rows[:1]) for p, rows in zip("qkv", runs)}
+            for i, p in enumerate("qkv"):
+                rows = tuple(((3 * h + i) * size, (3 * h + i + 1) * size) for h in range(heads))
+                self.roles[f"attn.{p}"] = ("qkv", rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """See `MLP.forward`."""
@@ -239,9 +244,11 @@ class Experts(Part):
         gates = torch.zeros_like(scores).scatter(-1, best.indices, best.values)
         if self.form == "list":
             return torch.stack([expert(x) * gates[..., i, None] for i, expert in enumerate(self.each)]).sum(0)
-        up, down = (w.mT if self.form == "batched" else w for w in (self.up, self.down))
+        up, down = (self.get_parameter(name) for name in ("up", "down"))
+        if self.form == "batched":
+            up, down = up.mT, down.mT  # type: ignore[assignment]
         hidden = self.activation(torch.bmm(x.flatten(0, 1).expand(up.shape[0], -1, -1), up))
-        mixed = torch.bmm(hidden, down).unflatten(1, x.shape[:2])
+        mixed: Tensor = torch.unflatten(torch.bmm(hidden, down), 1, x.shape[:2])
         return (mixed * gates.movedim(-1, 0).unsqueeze(-1)).sum(0)
 
 
@@ -288,124 +295,3 @@ PARTS: Mapping[str, Callable[..., Part]] = {
     "twice": Twice,
     "turned": Turned,
 }
-
-
-def _norm(kind: str, width: int) -> nn.Module:
-    return {"layer": nn.LayerNorm, "rms": nn.RMSNorm}.get(kind, lambda width: nn.Identity())(width)
-
-
-class Stage(nn.Module):
-    """A layer: blocks, each behind a norm and beside a residual."""
-
-    def __init__(self, width: int, layer: Layer) -> None:
-        super().__init__()
-        self.norms = nn.ModuleDict({_name(b, i): _norm(layer.norm, width) for i, b in enumerate(layer.blocks)})
-        self.parts = nn.ModuleDict({_name(b, i): PARTS[b.kind](width, **b.options) for i, b in enumerate(layer.blocks)})
-        self.scale, self.runs = layer.scale, layer.runs
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See `MLP.forward`."""
-        for _ in range(self.runs):
-            for name, part in self.parts.items():
-                added = part(self.norms[name](x))
-                x = x + (added if self.scale == 1 else added * self.scale)
-        return x
-
-
-def _name(block: Block, number: int) -> str:
-    return f"{block.kind}{number}"
-
-
-class Grown(nn.Module):
-    """The model of a description that is no library's."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.kind, self.tied, width = model.input, model.outputs == 0, model.width
-        if model.input == "tokens":
-            self.embed = nn.Embedding(model.vocabulary, width)
-        elif model.input == "features":
-            self.stem = nn.Linear(model.vocabulary, width)
-        else:
-            self.patches = nn.Conv2d(model.vocabulary, width, 2, stride=2)
-        self.positions = nn.Embedding(model.positions, width) if model.positions else None
-        self.layers = nn.ModuleList()
-        for layer in model.layers:
-            stages = [Stage(width, layer) for _ in range(layer.copies)]
-            if layer.tied:
-                for stage in stages[1:]:
-                    _tie(stage, stages[0])
-            self.layers.extend(stages)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, model.outputs or model.vocabulary, bias=model.outputs > 0)
-        if self.tied:
-            self.head.weight = self.embed.weight
-        self.pool = nn.Linear(width, 3) if model.pooled else None
-
-    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Any:
-        """Return scores ``[batch, positions, outputs]``, in a mapping if there is a second output, ``[batch, 3]``.
-
-        Args:
-            inputs: ids ``[batch, positions]``, features ``[batch, positions, features]``, or an image ``[batch,
-                channels, height, width]``.
-            mask: a factor for every position, ``[batch, positions]``.
-        """
-        if self.kind == "tokens":
-            x = self.embed(inputs)
-        elif self.kind == "features":
-            x = self.stem(inputs)
-        else:
-            x = self.patches(inputs).flatten(2).mT
-        if self.positions is not None:
-            x = x + self.positions(torch.arange(x.shape[1], device=x.device))
-        if mask is not None:
-            x = x * mask.unsqueeze(-1)
-        for stage in self.layers:
-            x = stage(x)
-        x = self.norm(x)
-        logits: Tensor = self.head(x)
-        return logits if self.pool is None else {"logits": logits, "pooled": torch.tanh(self.pool(x.mean(1)))}
-
-
-def _tie(stage: Stage, first: Stage) -> None:
-    """Let a stage share the first weight of another, under all of its names."""
-    shared = next(p for p in first.parts.parameters() if p.dim() > 1)
-    for name, parameter in first.parts.named_parameters(remove_duplicate=False):
-        if parameter is shared:
-            path, _, last = name.rpartition(".")
-            setattr(stage.parts.get_submodule(path), last, shared)
-
-
-def build(model: Model, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Return the module of a description in eval mode and frozen; the same description has the same weights."""
-    if model.family is not None:
-        return tiny(model.family, seed=model.seed, dtype=dtype, **model.config).requires_grad_(False)
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(model.seed)
-        grown = Grown(model)
-    return randomise(grown, seed=model.seed).to(dtype).eval().requires_grad_(False)
-
-
-def inputs_of(model: Model, built: nn.Module, sizes: tuple[int, int], seed: int = 0) -> dict[str, Tensor]:
-    """Return random inputs for a model of the grammar.
-
-    Args:
-        model: the description.
-        built: its module, whose dtype the inputs have.
-        sizes: batch, and positions; an image has twice as many rows, and four columns.
-        seed: the seed of the values.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    batch, length = sizes
-    dtype = next(built.parameters()).dtype
-    if model.input == "tokens":
-        inputs = torch.randint(0, model.vocabulary, sizes, generator=generator)
-    else:
-        shape = (batch, length, model.vocabulary)
-        shape = (batch, model.vocabulary, 2 * length, 4) if model.input == "image" else shape  # type: ignore[assignment]
-        inputs = torch.randn(shape, generator=generator).to(dtype)
-    given = {"inputs": inputs}
-    if model.masked:
-        positions = 2 * length if model.input == "image" else length
-        given["mask"] = torch.rand((batch, positions), generator=generator).to(dtype)
-    return given

@@ -6,7 +6,7 @@ import random
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.registry import method_specs
-from graftc.testing import inputs_for, perturb
-from tools.campaign.blocks import Attention, Part, build, inputs_of
+from graftc.testing import perturb
+from tools.campaign.blocks import Attention
 from tools.campaign.comparing import Comparison, record_of, tolerance_of
 from tools.campaign.eager import Eager, leaves
 from tools.campaign.grammar import Model, draw_model
+from tools.campaign.models import build, inputs_of
 from tools.campaign.reference import WITHOUT_GRADIENTS, NoReferenceError
 from tools.campaign.routes import ROUTES, Run, usable
 from tools.campaign.specs import draw_spec
@@ -29,8 +30,9 @@ from tools.campaign.specs import draw_spec
 Record = dict[str, Any]
 SIZES = ((3, 4), (2, 6))
 """Batch and positions of the calls; the first is the one that models are compiled with."""
-INTERNAL = frozenset({"GC040", "GC041", "GC051", "GC053", "GC099"})
-"""Codes that no case may end with: a broken invariant, a wrong graph, a fold that is not certified, a crash."""
+INTERNAL = frozenset({"GC040", "GC041", "GC051", "GC053", "GC071", "GC099"})
+"""Codes that no case may end with: a broken invariant, a wrong graph, a fold that is not certified, wrong tensors, a
+method that fails when it is inserted, a crash."""
 
 
 @dataclass(frozen=True)
@@ -131,17 +133,9 @@ def _checked(record: Record, name: str, work: Callable[[], Iterator[Comparison]]
 def _compile(
     case: Case, built: nn.Module, record: Record, folder: Path, tell: Callable[[Record], None]
 ) -> Iterator[Comparison]:
-    family = case.model.family
-    example = None if family else inputs_of(case.model, built, SIZES[0], case.seed)
-    compiled: Any = graftc.compile(case.spec, built, example, seed=case.seed, cache=False).eval()
-
-    def inputs(sizes: tuple[int, int]) -> dict[str, Tensor]:
-        if family:
-            return inputs_for(compiled, sizes, seed=case.seed, front=False)
-        return inputs_of(case.model, built, sizes, case.seed)
-
-    calls = [inputs(sizes) for sizes in SIZES]
-    tolerance = tolerance_of(family)
+    calls = [inputs_of(case.model, built, sizes, case.seed) for sizes in SIZES]
+    compiled: Any = graftc.compile(case.spec, built, dict(calls[0]), seed=case.seed, cache=False).eval()
+    tolerance = tolerance_of(case.model.family)
     with torch.no_grad():
         if _starts_as_base(case.spec):
             for given in calls:
@@ -189,18 +183,24 @@ def _gradients(run: Run) -> Iterator[Comparison]:
     try:
         outputs = leaves(run.compiled.train()(**inputs))
         yield Comparison("train mode", outputs, expected, run.tolerance)
-        torch.stack([(a * b).sum() for a, b in zip(outputs, weights, strict=True)]).sum().backward()
+        _backward(outputs, weights)
     finally:
         run.compiled.eval()
     own = {n: t.detach().clone() for n, t in run.compiled.adapter_state_dict().items()}
     for name in wanted:
         own[name].requires_grad_(True)
     theirs = leaves(run.eager.call(own, inputs))
-    torch.stack([(a * b).sum() for a, b in zip(theirs, weights, strict=True)]).sum().backward()
+    _backward(theirs, weights)
     names = list(wanted)
     actual = [_or_zeros(wanted[name].grad, wanted[name]) for name in names]
-    yield Comparison("gradients", actual, [_or_zeros(own[name].grad, wanted[name]) for name in names], run.tolerance * 10)
+    yield Comparison(
+        "gradients", actual, [_or_zeros(own[name].grad, wanted[name]) for name in names], run.tolerance * 10
+    )
     run.compiled.zero_grad()
+
+
+def _backward(outputs: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    torch.autograd.backward(torch.stack([(a * b).sum() for a, b in zip(outputs, weights, strict=True)]).sum())
 
 
 def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -236,7 +236,5 @@ def _truth(built: nn.Module, roles: list[str]) -> set[tuple[str, Any]] | None:
                 if role not in module.roles:
                     return None
                 child, rows = module.roles[role]
-                wanted.add((f"{path}.{child}.weight", rows))
-        elif isinstance(module, Part) and module.roles:
-            return None
+                wanted.add((f"{path}.{child}" if child == "in_proj_weight" else f"{path}.{child}.weight", rows))
     return wanted

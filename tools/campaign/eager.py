@@ -166,7 +166,8 @@ class Eager:
             low, high = fields["stretch"]
 
             def gate(alpha: Tensor) -> Tensor:
-                return (torch.sigmoid(alpha) * (high - low) + low).clamp(0, 1)
+                opened: Tensor = torch.sigmoid(alpha) * (high - low) + low
+                return opened.clamp(0, 1)
 
             for part in [n.removesuffix("_w") for n in t if n.endswith("_w")]:
                 name = f"{place.module}.{part}".lstrip(".")
@@ -193,6 +194,12 @@ class Eager:
         if module is None:
             raise NoReferenceError(f"a place called {place.module}")
         name = f"{place.module}.weight".lstrip(".")
+        parameter, _, part = place.part.rpartition(".")
+        if isinstance(module, Part) and parameter:
+            known = {path: rows for role, (path, rows) in module.roles.items() if role.endswith(f".{part}")}
+            if parameter not in known:
+                raise NoReferenceError(f"the part {place.part} of {place.module}")
+            return Weight(f"{place.module}.{parameter}", "rows", known[parameter])
         if isinstance(module, Part) or type(module).__name__.endswith("Experts"):
             return _expert(module, place)
         layout = _layout(module)
@@ -202,17 +209,19 @@ class Eager:
         parent, _, child = place.module.rpartition(".")
         owner = self._modules[parent]
         roles = owner.roles if isinstance(owner, Part) else _library_roles(owner, child)
-        role = f"attn.{place.part}"
-        if role not in roles or roles[role][0] != child:
+        known = [rows for role, (path, rows) in roles.items() if role.endswith(f".{place.part}") and path == child]
+        if not known:
             raise NoReferenceError(f"the part {place.part} of {place.module}")
-        return roles[role][1]
+        return known[0]
 
 
 def _places(tensors: Tensors, adaptation: str, shared: dict[str, Tensor]) -> list[_Place]:
     """Return the places of an adaptation; what all of them share goes to ``shared``."""
     found: dict[tuple[str, str], _Place] = {}
     for name, value in tensors.items():
-        module, _, rest = ("", "", name.removeprefix("graftc.")) if name.startswith("graftc.") else name.partition(_PART)
+        module, _, rest = (
+            ("", "", name.removeprefix("graftc.")) if name.startswith("graftc.") else name.partition(_PART)
+        )
         own, _, path = rest.partition(".")
         if own != adaptation:
             continue
@@ -249,7 +258,7 @@ def _library_roles(owner: nn.Module, child: str) -> dict[str, tuple[str, Rows | 
         return {f"attn.{p}": (child, ((i * width, (i + 1) * width),)) for i, p in enumerate("qkv")}
     if child == "query_key_value":
         heads: Any = owner.config.num_attention_heads  # type: ignore[union-attr]
-        size = weight.weight.shape[0] // (3 * heads)  # type: ignore[union-attr, index, operator]
+        size = weight.weight.shape[0] // (3 * heads)  # type: ignore[union-attr, index]
         return {
             f"attn.{p}": (child, tuple(((3 * h + i) * size, (3 * h + i + 1) * size) for h in range(heads)))
             for i, p in enumerate("qkv")

@@ -1,7 +1,7 @@
 """Descriptions of models, drawn from a seed: plain data that can be stored, compared and reduced.
 
 A model is a row of layers around a stream of one width. A layer is a list of blocks, each with a norm and a residual;
-it occurs in several copies with weights of their own, and each copy may run several times. `blocks` builds the modules.
+it occurs in several copies with weights of their own, and each copy may run several times. `models` builds the modules.
 Whatever is drawn here builds and runs: sizes that have to divide each other do.
 """
 
@@ -41,7 +41,7 @@ class Layer:
     """A layer of blocks.
 
     Attributes:
-        blocks: what it computes, one after the other.
+        blocks: what it computes, one after the other, each kind at most once.
         copies: how many such layers follow one another, with weights of their own.
         runs: how often each of them is run before the next.
         norm: the norm in front of every block.
@@ -59,7 +59,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Model:
-    """A model; `blocks.build` makes the module.
+    """A model; `models.build` makes the module.
 
     Attributes:
         seed: the seed of its weights.
@@ -230,7 +230,7 @@ def _library(draw: random.Random, seed: int) -> Model:
         config["d_kv"] = draw.choice((4, 6))
         config["feed_forward_proj"] = draw.choice(("relu", "gated-gelu"))
     if family == "mixtral":
-        config |= {"num_local_experts": draw.choice((2, 4)), "experts_implementation": "eager"}  # others lack float64
+        config |= {"num_local_experts": draw.choice((2, 4)), "experts_implementation": "batched_mm"}
     if family == "llama":
         config |= {"tie_word_embeddings": draw.random() < 0.4, "attention_bias": draw.random() < 0.3}
     if family == "gpt_neox":

@@ -42,14 +42,15 @@ def minimised(
     case = replace(case, routes=tuple(name for name in case.routes if name == failure[0]))
     progress = True
     while progress:
-        progress = False
-        for smaller in smaller_cases(case):
+        progress, at = False, 0
+        while at < len(candidates := list(smaller_cases(case))):
             if time.monotonic() > until:
                 return case
-            if failure in _outcome(smaller, run):
-                case, progress = smaller, True
+            if failure in _outcome(candidates[at], run):
+                case, progress = candidates[at], True  # the next candidates are mostly those that come after it
                 tell(case)
-                break
+            else:
+                at += 1
     return case
 
 
@@ -69,17 +70,20 @@ def smaller_cases(case: Case) -> Iterator[Case]:
     for key in spec:
         if key != "adapt":
             yield replace(case, spec={name: value for name, value in spec.items() if name != key})
+    for number, entry in enumerate(adapt):
+        for less in (*_smaller_targets(entry), *_plainer_options(entry)):
+            yield replace(case, spec={**spec, "adapt": [*adapt[:number], less, *adapt[number + 1 :]]})
     for model in _smaller_models(case.model):
         yield replace(case, model=model)
-    for number, entry in enumerate(adapt):
-        for less in _smaller_entries(entry):
-            yield replace(case, spec={**spec, "adapt": [*adapt[:number], less, *adapt[number + 1 :]]})
 
 
-def _smaller_entries(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _smaller_targets(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for kind, values in entry.get("target", {}).items():
         for value in values if len(values) > 1 else ():
-            yield {**entry, "target": {kind: [value]}}
+            yield {**entry, "target": {**entry["target"], kind: [value]}}
+
+
+def _plainer_options(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for key in entry:
         if key not in ("name", "method", "target"):
             yield {name: value for name, value in entry.items() if name != key}
@@ -96,10 +100,10 @@ def _smaller_models(model: Model) -> Iterator[Model]:
             if key not in ("layers", "hidden_size", "num_attention_heads"):
                 yield replace(model, config={name: value for name, value in model.config.items() if name != key})
         return
-    for change in ({"masked": False}, {"pooled": False}, {"positions": 0}, {"outputs": 3}, {"input": "tokens"}):
-        (key, value), *_ = change.items()
+    plain: dict[str, Any] = {"masked": False, "pooled": False, "positions": 0, "outputs": 3, "input": "tokens"}
+    for key, value in plain.items():
         if getattr(model, key) != value:
-            yield replace(model, **change)  # type: ignore[arg-type]
+            yield replace(model, **{key: value})
     layers = model.layers
     for number in reversed(range(len(layers))):
         if len(layers) > 1:
@@ -111,8 +115,7 @@ def _smaller_models(model: Model) -> Iterator[Model]:
 
 def _smaller_layers(layer: Layer) -> Iterator[Layer]:
     for number in reversed(range(len(layer.blocks))):
-        if len(layer.blocks) > 1:
-            yield replace(layer, blocks=layer.blocks[:number] + layer.blocks[number + 1 :])
+        yield replace(layer, blocks=layer.blocks[:number] + layer.blocks[number + 1 :])
     plain: dict[str, Any] = {"copies": 1, "runs": 1, "norm": "none", "scale": 1.0, "tied": False}
     for key, value in plain.items():
         if getattr(layer, key) != value:

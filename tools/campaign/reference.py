@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from tools.campaign.blocks import Part, Rows
+from tools.campaign.blocks import Rows
 
 Fields = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
@@ -119,27 +117,28 @@ def _vera(spec: Fields, t: Tensors, w: Tensor, b: Bias) -> tuple[Tensor, Bias]:
 def _rotation(skew: Tensor, spec: Fields) -> Tensor:
     one = torch.eye(skew.shape[-1], dtype=skew.dtype)
     if spec.get("cayley", "exact") == "exact":
-        return (one - skew) @ torch.linalg.inv(one + skew)
+        turned: Tensor = (one - skew) @ torch.linalg.inv(one + skew)
+        return turned
     terms = max(spec["terms"], 4) if spec["terms"] > 2 else 3
     if spec["terms"] == 2:
         return one + 2 * skew
     powers = [torch.linalg.matrix_power(skew, n) for n in range(terms)]
-    return powers[0] + 2 * sum(powers[1:-1], torch.zeros_like(one)) + powers[-1]
+    total: Tensor = powers[0] + 2 * sum(powers[1:-1], torch.zeros_like(one)) + powers[-1]
+    return total
 
 
 def _oft(spec: Fields, t: Tensors, w: Tensor, b: Bias) -> tuple[Tensor, Bias]:
     size = spec["block_size"]
     upper = _above(t["Q"], size)
     turns = _rotation(upper - upper.mT, spec).expand(*t["Q"].shape[:-2], w.shape[-1] // size, size, size)
-    parts = w.unflatten(-1, (-1, size))
+    parts = torch.unflatten(w, -1, (-1, size))
     return torch.einsum("...onc,...nkc->...onk", parts, turns).flatten(-2), b
 
 
 def _above(values: Tensor, size: int) -> Tensor:
     row, column = torch.triu_indices(size, size, 1)
     flat = values.new_zeros(*values.shape[:-1], size * size)
-    flat = flat.index_copy(-1, row * size + column, values)
-    return flat.unflatten(-1, (size, size))
+    return torch.unflatten(flat.index_copy(-1, row * size + column, values), -1, (size, size))
 
 
 def _boft(spec: Fields, t: Tensors, w: Tensor, b: Bias) -> tuple[Tensor, Bias]:
@@ -157,7 +156,7 @@ def _boft(spec: Fields, t: Tensors, w: Tensor, b: Bias) -> tuple[Tensor, Bias]:
                     for part in (at, at + apart):
                         order += range(part * run, (part + 1) * run)
         index = torch.tensor(order)
-        blocks = w.index_select(-1, index).unflatten(-1, (-1, size))
+        blocks = torch.unflatten(w.index_select(-1, index), -1, (-1, size))
         turned = torch.einsum("...onc,...nkc->...onk", blocks, turns).flatten(-2)
         w = torch.empty_like(w).index_copy(-1, index, turned)
     return t["s"].unsqueeze(-1) * w, b
@@ -194,7 +193,7 @@ def _miss(spec: Fields, t: Tensors, w: Tensor, b: Bias) -> tuple[Tensor, Bias]:
     bands = []
     for i in range(rows // r):
         band, own = w[..., i * r : (i + 1) * r, :], d[..., i, :, :]
-        bands.append(torch.cat([p + p @ own + own for p in band.split(r, -1)], -1))
+        bands.append(torch.cat([p + p @ own + own for p in torch.split(band, r, -1)], -1))
     return torch.cat(bands, -2), b
 
 
@@ -214,11 +213,11 @@ FORMULAS: Mapping[str, Formula] = {
 }  # fmt: skip
 """Formulas of methods that change weights."""
 
-STAND_INS = frozenset({"full", "last_layers", "norms", "bitfit", "rows", "child_tuning", "trained"})
+STAND_INS = frozenset({"full", "last_layers", "norms", "bitfit", "rows", "child_tuning", "lt_sft", "trained"})
 """Methods whose tensors stand in for the base's own, or for some rows of them."""
 
 SUMS = frozenset({"mask", "shira", "spiel", "diff_pruning"})
 """Methods whose tensors are added to entries of the base's own."""
 
-WITHOUT_GRADIENTS = frozenset({"dylora", "child_tuning", "adamix_lora", "spiel", "diff_pruning"})
+WITHOUT_GRADIENTS = frozenset({"dylora", "child_tuning", "adamix_lora", "spiel", "diff_pruning", "lt_sft"})
 """Methods that draw, or change gradients, in train mode."""

@@ -1,6 +1,6 @@
 """The routes: every way in which a trained model leaves graftc, as a function that runs it.
 
-Each takes a `Run` and yields comparisons. A refusal is the product's own `GraftError`, which `case` records by its code.
+Each takes a `Run` and yields comparisons. A refusal is a `GraftError`, which `case` records by its code.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from graftc.runtime.sources.models import load_model, quiet_transformers
 from graftc.specs.registry import method_specs
 from graftc.testing import perturb
 from graftc.testing.compare import in_parts
-from tools.campaign.blocks import build
 from tools.campaign.comparing import SINGLE, Comparison, tolerance_of
 from tools.campaign.eager import Eager, leaves
 from tools.campaign.grammar import Model
+from tools.campaign.models import build
 
 Inputs = Mapping[str, Tensor]
 
@@ -162,7 +162,7 @@ def onnx(run: Run) -> Iterator[Comparison]:
     own = compiled.adapter_state_dict()
     compiled.load_adapter_state_dict({n: t.to(own[n].dtype) for n, t in run.compiled.adapter_state_dict().items()})
     folds = all(method_specs()[e["method"]].claims.folds.value == "exact" for e in run.spec["adapt"])
-    source = compiled
+    source: Any = compiled
     if folds and run.draw.random() < 0.5:
         source = compiled.merge(allow_unchanged=True)
     path = source.export(run.folder / "model.onnx", "onnx", dict(cast[0]))
@@ -212,7 +212,9 @@ def bank(run: Run) -> Iterator[Comparison]:
     spec = {**run.spec, "adapt": slots, "compose": {"bank": ["one", "two"]}}
     both = graftc.compile(spec, build(run.model), dict(run.calls[0][0]), seed=run.seed, cache=False).eval()
     perturb(both, 0.1, run.seed + 1)
-    mine = {n.replace(f"graftc.{entry['name']}.", "graftc.two."): t for n, t in run.compiled.adapter_state_dict().items()}
+    mine = {
+        n.replace(f"graftc.{entry['name']}.", "graftc.two."): t for n, t in run.compiled.adapter_state_dict().items()
+    }
     both.load_adapter_state_dict({**both.adapter_state_dict(), **mine})
     both.activate("two")
     yield from run.same("slot two", _with(both))
@@ -224,7 +226,9 @@ def bank(run: Run) -> Iterator[Comparison]:
         mixed = leaves(both(**inputs, adapter_ids=numbers))
         other = leaves(both(**inputs))
     for label, number, wanted in (("rows of slot two", 1, expected), ("rows of slot one", 0, other)):
-        pairs = [(a[numbers == number], b[numbers == number]) for a, b in zip(mixed, wanted, strict=True) if len(b) == rows]
+        pairs = [
+            (a[numbers == number], b[numbers == number]) for a, b in zip(mixed, wanted, strict=True) if len(b) == rows
+        ]
         yield Comparison(label, [a for a, _ in pairs], [b for _, b in pairs], run.tolerance)
 
 

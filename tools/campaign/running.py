@@ -40,10 +40,15 @@ class Limits:
     minimising: float = 90
 
 
+_APART = ("__main__.py", "minimising.py", "running.py", "worker.py")
+"""Modules of this package that do not change how a seed ends."""
+
+
 def state() -> str:
     """Return a short hash of the sources that a result depends on: graftc's, and those of this package."""
     total = hashlib.sha256()
-    for path in sorted([*(ROOT / "graftc").rglob("*.py"), *Path(__file__).parent.glob("*.py")]):
+    own = [path for path in Path(__file__).parent.glob("*.py") if path.name not in _APART]
+    for path in sorted([*(ROOT / "graftc").rglob("*.py"), *own]):
         total.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()[:12]
 
@@ -118,6 +123,7 @@ def run(
     any_state: bool = False,
     tell: Callable[[str], None] = print,
     work: Callable[..., None] | None = None,
+    preload: Sequence[str] = ("tools.campaign.worker",),
 ) -> dict[int, Record]:
     """Return the results of seeds: those of the file unchanged, the others from running them now.
 
@@ -129,7 +135,8 @@ def run(
         limits: the limits of a seed.
         any_state: whether results of other sources count as well.
         tell: called with a line for each seed.
-        work: the function that the processes run, for tests.
+        work: the function that the processes run instead of the campaign's own, for tests.
+        preload: the modules that the server of the processes imports once.
     """
     limits, key = limits or Limits(), state()
     results = {s: r for s, r in stored(path, None if any_state else key).items() if s in set(seeds)}
@@ -138,7 +145,7 @@ def run(
         tell(f"{len(results)} of {len(seeds)} seeds are done")
     path.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tools.campaign.worker"])
+    context.set_forkserver_preload(list(preload))
     running: list[_Running] = []
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -178,9 +185,7 @@ def _work(sender: Connection, seed: int, only: str | None, limits: Limits) -> No
     work(sender, seed, only, limits.minimising)
 
 
-def _limited(
-    sender: Connection, seed: int, only: str | None, limits: Limits, work: Callable[..., None]
-) -> None:
+def _limited(sender: Connection, seed: int, only: str | None, limits: Limits, work: Callable[..., None]) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limits.memory, limits.memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     silent = os.open(os.devnull, os.O_WRONLY)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graftc.specs.claims import SiteKind
 from graftc.specs.registry import method_specs
-from tools.campaign.blocks import Attention, Part
+from tools.campaign.blocks import Part
 from tools.campaign.grammar import Model
 
 Spec = dict[str, Any]
@@ -21,12 +21,13 @@ Spec = dict[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """A module that a target can name, with the sizes of its map: ``[rows, columns]``; 0 where they do not matter."""
+    """A module that a target can name, and the sizes of its map, ``[rows, columns]``, 0 where they do not matter."""
 
     path: str
     kind: SiteKind
     rows: int = 0
     columns: int = 0
+    kernel: bool = False
 
 
 def places_of(built: nn.Module) -> list[Place]:
@@ -38,12 +39,12 @@ def places_of(built: nn.Module) -> list[Place]:
         elif isinstance(module, Conv1D):
             found.append(Place(path, SiteKind.LINEAR, module.weight.shape[1], module.weight.shape[0]))
         elif isinstance(module, nn.Conv1d | nn.Conv2d):
-            found.append(Place(path, SiteKind.LINEAR, module.out_channels, module.weight[0].numel()))
+            found.append(Place(path, SiteKind.LINEAR, module.out_channels, module.weight[0].numel(), True))
         elif isinstance(module, nn.Embedding):
             found.append(Place(path, SiteKind.EMBEDDING, module.embedding_dim, module.num_embeddings))
         elif isinstance(module, Part) and module.stacked:
-            inner, width = sorted(module.get_parameter("up").shape[1:], reverse=module.form == "batched")
-            found.append(Place(path, SiteKind.EXPERTS, math.gcd(inner, width), math.gcd(inner, width)))
+            side = math.gcd(*module.get_parameter("up").shape[1:])  # of both stacks, whose sides are exchanged
+            found.append(Place(path, SiteKind.EXPERTS, side, side))
         elif type(module).__name__.endswith("Norm") and hasattr(module, "weight"):
             found.append(Place(path, SiteKind.NORM))
     return found
@@ -128,10 +129,14 @@ def _miss(draw: random.Random, sizes: Sizes) -> Mapping[str, Any] | None:
 def _boft(draw: random.Random, sizes: Sizes) -> Mapping[str, Any] | None:
     usable = [n for n in _divisors(sizes.columns) if n % 2 == 0 and (sizes.columns // n) % 2 == 0]
     factors = draw.choice((1, 2)) if usable else 1
-    return _blocks("block_size", lambda s: s.columns)(draw, sizes) if factors == 1 else {
-        "block_size": draw.choice(usable),
-        "factors": 2,
-    }
+    return (
+        _blocks("block_size", lambda s: s.columns)(draw, sizes)
+        if factors == 1
+        else {
+            "block_size": draw.choice(usable),
+            "factors": 2,
+        }
+    )
 
 
 def _bottleneck(draw: random.Random, sizes: Sizes) -> Mapping[str, Any]:
@@ -148,7 +153,6 @@ def _prefix(draw: random.Random, sizes: Sizes) -> Mapping[str, Any]:
     return options | ({"reparameterization": {"hidden": 5}} if draw.random() < 0.3 else {})
 
 
-_SCORED = ("magnitude", "random")
 OPTIONS: Mapping[str, Drawn] = {
     "lora": _low_rank(
         ("rslora", (True,)), ("init", ("gaussian", "orthogonal", "pissa", "olora")), ("bias", ("lora_only", "all"))
@@ -178,6 +182,7 @@ OPTIONS: Mapping[str, Drawn] = {
     "shira": lambda draw, sizes: {"rank": 1},
     "mask": _density(selection="random"),
     "spiel": _density(),
+    "lt_sft": _density(),
     "diff_pruning": _density(),
     "pruning": lambda draw, sizes: {"variant": draw.choice(("magnitude", "movement")), "density": 0.5},
     "last_layers": lambda draw, sizes: {"count": 1},
@@ -206,8 +211,6 @@ BY_ROLE: Mapping[str, tuple[str, ...]] = {
 }
 """Roles for methods whose sites have no path of their own, and no default target."""
 
-ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down", "ffn.gate", "head", "experts")
-
 
 def draw_spec(seed: int, model: Model, built: nn.Module) -> Spec:
     """Return the spec of a seed for a model.
@@ -219,13 +222,13 @@ def draw_spec(seed: int, model: Model, built: nn.Module) -> Spec:
     """
     draw = random.Random(f"spec {seed}")
     places = places_of(built)
-    attends = model.family is not None or any(isinstance(module, Attention) for module in built.modules())
+    attending = _attending(model)
     adapt: list[Spec] = []
     wanted = draw.choice((1, 1, 1, 2, 2, 3))
     for _ in range(30):
         if len(adapt) == wanted:
             break
-        entry = _adaptation(draw, places, attends, named=f"a{len(adapt)}")
+        entry = _adaptation(draw, model, places, attending, named=f"a{len(adapt)}")
         if entry is not None and not (adapt and _stacks_badly(adapt, entry)):
             adapt.append(entry)
     spec: Spec = {"adapt": adapt}
@@ -237,35 +240,64 @@ def draw_spec(seed: int, model: Model, built: nn.Module) -> Spec:
     return spec
 
 
-def _adaptation(draw: random.Random, places: Sequence[Place], attends: bool, named: str) -> Spec | None:
+def _adaptation(
+    draw: random.Random, model: Model, places: Sequence[Place], attending: Sequence[int] | None, named: str
+) -> Spec | None:
+    """Return a random adaptation; None if the method that was drawn has no place in the model."""
     tag = draw.choice(sorted(method_specs()))
     kinds = set(method_specs()[tag].claims.sites)
-    structural = {SiteKind.SUBLAYER, SiteKind.ATTENTION, SiteKind.VALUE} & kinds
-    if structural and tag != "llm_adapters":
-        if not attends:
+    if model.family in (None, "vit") and tag in _OF_TOKENS:
+        return None
+    if model.family not in _DECODERS and tag == "alora":
+        return None
+    if {SiteKind.SUBLAYER, SiteKind.ATTENTION, SiteKind.VALUE} & kinds:
+        if not attending:
             return None
-        options = OPTIONS.get(tag, lambda draw, sizes: {})(draw, Sizes.of(()))
-        target = {"target": {"role": list(BY_ROLE[tag])}} if tag in BY_ROLE else {}
-        return None if options is None else {"name": named, "method": tag, **target, **options}
+        roles: Spec = {"role": list(BY_ROLE[tag])} if tag in BY_ROLE else {}
+        return _entry(draw, tag, named, roles, Sizes.of(()))
     usable = [place for place in places if place.kind in kinds and not (tag in _SPARSE and place.path == "head")]
-    if not usable or tag == "cross_attention":
+    if tag == "llm_adapters":
+        usable = [place for place in usable if not place.kernel]
+    if tag == "cross_attention":
+        return _entry(draw, tag, named, {}, Sizes.of(())) if model.family == "t5" else None
+    if not usable:
         return None
     chosen = draw.sample(usable, min(len(usable), draw.choice((1, 1, 2, 3))))
-    sizes, target = Sizes.of(chosen), {"modules": sorted(place.path for place in chosen)}
-    if attends and kinds & {SiteKind.LINEAR} and draw.random() < 0.35:
-        roles = draw.sample(("attn.q", "attn.k", "attn.v"), draw.choice((1, 2)))
-        target, sizes = {"role": sorted(roles)}, Sizes(2, 2, 2, 2)
-    options = OPTIONS.get(tag, lambda draw, sizes: {})(draw, sizes)
-    if tag == "last_layers":
-        target = {}
-    return None if options is None else {"name": named, "method": tag, **({"target": target} if target else {}), **options}
+    sizes, target = Sizes.of(chosen), dict[str, Any](modules=sorted(place.path for place in chosen))
+    if attending and kinds & {SiteKind.LINEAR} and draw.random() < 0.35:
+        target = {"role": sorted(draw.sample(("attn.q", "attn.k", "attn.v"), draw.choice((1, 2))))}
+        sizes = Sizes(2, 2, 2, 2)
+        if model.family is None:
+            target["layers"] = list(attending)
+    return _entry(draw, tag, named, {} if tag == "last_layers" else target, sizes)
 
 
-_SPARSE = frozenset({"mask", "diff_pruning", "child_tuning", "bitfit"})
+def _entry(draw: random.Random, tag: str, named: str, target: Spec, sizes: Sizes) -> Spec | None:
+    """Return an entry with random options, and the method's default target if none is given."""
+    options = OPTIONS[tag](draw, sizes) if tag in OPTIONS else {}
+    if options is None:
+        return None
+    return {"name": named, "method": tag, **({"target": target} if target else {}), **options}
+
+
+_OF_TOKENS = frozenset({"prompt", "pre_embed", "pre_layer", "pasta"})
+"""Methods for models that take embeddings in place of ids, which only those of transformers do."""
+
+_DECODERS = frozenset({"gpt2", "gpt_neox", "llama", "mixtral"})
+
+_SPARSE = frozenset({"mask", "diff_pruning", "child_tuning", "bitfit", "lt_sft"})
 """Methods that leave out heads."""
 
 
+def _attending(model: Model) -> list[int] | None:
+    """Return the numbers of the layers that have an attention; None if there is none."""
+    if model.family is not None:
+        return [0]
+    blocks = [layer.blocks for layer in model.layers for _ in range(layer.copies)]
+    return [n for n, own in enumerate(blocks) if any(block.kind == "attention" for block in own)] or None
+
+
 def _stacks_badly(adapt: Sequence[Spec], entry: Spec) -> bool:
-    """Return whether two adaptations meet at a weight by a role and by a path, which GC021 refuses more often than not."""
+    """Return whether a role and a path may meet at a weight, which GC021 refuses unless the rows are the same."""
     roles = ["role" in each.get("target", {"role": 1}) for each in (*adapt, entry)]
     return len(set(roles)) > 1
