@@ -47,6 +47,7 @@ def test_seeds_draw_every_kind_of_block_and_model() -> None:
     assert any(model.outputs == 0 for model in models) and any(model.pooled for model in models)
 
 
+@pytest.mark.slow
 def test_a_seed_is_one_case() -> None:
     for seed in (1, 10):
         case = draw_case(seed)
@@ -119,7 +120,10 @@ def test_a_wrong_fold_is_found_and_reduced(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(IA3Method, "fold", fold)
     (failure,) = failures_of(check(case))
     assert failure == ("merge", "refused", "GC051")
-    smallest = minimised(case, failure, seconds=60)
+    plain = Block("mlp", {"inner": 4, "activation": "relu", "bias": True})
+    layers = (Layer((ATTENTION, plain), norm="none"), Layer((), copies=1, norm="none"), Layer((plain,), norm="none"))
+    model = replace(SMALL, layers=layers, outputs=3, pooled=False)
+    smallest = minimised(replace(case, model=model), failure, seconds=60)
     (entry,) = smallest.spec["adapt"]
     assert entry["method"] == "ia3" and len(entry["target"]["modules"]) == 1
     assert [block.kind for layer in smallest.model.layers for block in layer.blocks] == ["mlp"]

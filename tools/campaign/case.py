@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,13 @@ def draw_case(seed: int, only: str | None = None) -> Case:
     return Case(seed, model, spec, tuple(chosen) if only is None else (only,) * (only in routes), noise)
 
 
-def check(case: Case, tell: Callable[[Record], None] = lambda record: None) -> Record:
+def check(case: Case, tell: Callable[[Record], None] = lambda record: None, only: str | None = None) -> Record:
     """Run a case.
 
     Args:
         case: the case.
         tell: called with what is known after every check, for whoever has to report a process that dies.
+        only: the one check to make, beside compiling.
 
     Returns:
         A record with ``checks``, each with a ``status``: ``equal``, ``refused`` with a ``code``, ``difference`` or
@@ -97,7 +99,7 @@ def check(case: Case, tell: Callable[[Record], None] = lambda record: None) -> R
         warnings.simplefilter("ignore")
         built = build(case.model)
         before = {name: tensor.clone() for name, tensor in built.state_dict().items()}
-        _checked(record, "compile", lambda: _compile(case, built, record, Path(folder), tell))
+        _checked(record, "compile", lambda: _compile(case, built, record, Path(folder), tell, only))
         after = built.state_dict()
         same = before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
         record["checks"]["base unharmed"] = {"status": "equal" if same else "difference"}
@@ -131,7 +133,12 @@ def _checked(record: Record, name: str, work: Callable[[], Iterator[Comparison]]
 
 
 def _compile(
-    case: Case, built: nn.Module, record: Record, folder: Path, tell: Callable[[Record], None]
+    case: Case,
+    built: nn.Module,
+    record: Record,
+    folder: Path,
+    tell: Callable[[Record], None],
+    only: str | None,
 ) -> Iterator[Comparison]:
     calls = [inputs_of(case.model, built, sizes, case.seed) for sizes in SIZES]
     compiled: Any = graftc.compile(case.spec, built, dict(calls[0]), seed=case.seed, cache=False).eval()
@@ -152,18 +159,19 @@ def _compile(
         outputs = [leaves(compiled(**given)) for given in calls]
         expected = outputs if eager is None else [leaves(eager.call(tensors, given)) for given in calls]
     run = Run(case.seed, case.model, case.spec, built, compiled, eager, list(zip(calls, expected, strict=True)), folder)
+    checks: dict[str, Callable[[], Iterator[Comparison]]] = {}
     if eager is not None:
-        _checked(record, "outputs", lambda: iter([
-            Comparison(f"call {n}", a, b, tolerance) for n, (a, b) in enumerate(zip(outputs, expected, strict=True))
-        ]))  # fmt: skip
-        _checked(record, "places", lambda: _places(run))
+        pairs = list(enumerate(zip(outputs, expected, strict=True)))
+        checks["outputs"] = lambda: (Comparison(f"call {n}", a, b, tolerance) for n, (a, b) in pairs)
+        checks["places"] = lambda: _places(run)
         if not eager.methods & WITHOUT_GRADIENTS:
-            _checked(record, "gradients", lambda: _gradients(run))
-        tell(record)
-    for name in case.routes:
-        record["step"] = name
-        tell(record)
-        _checked(record, name, lambda name=name: ROUTES[name](run))  # type: ignore[misc]
+            checks["gradients"] = lambda: _gradients(run)
+    checks |= {name: partial(ROUTES[name], run) for name in case.routes}
+    for name, work in checks.items():
+        if only in (None, name):
+            record["step"] = name
+            tell(record)
+            _checked(record, name, work)
     record.pop("step", None)
 
 

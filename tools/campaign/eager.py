@@ -258,7 +258,7 @@ def _library_roles(owner: nn.Module, child: str) -> dict[str, tuple[str, Rows | 
         return {f"attn.{p}": (child, ((i * width, (i + 1) * width),)) for i, p in enumerate("qkv")}
     if child == "query_key_value":
         heads: Any = owner.config.num_attention_heads  # type: ignore[union-attr]
-        size = weight.weight.shape[0] // (3 * heads)  # type: ignore[union-attr, index]
+        size = weight.weight.shape[0] // (3 * heads)  # type: ignore[index]
         return {
             f"attn.{p}": (child, tuple(((3 * h + i) * size, (3 * h + i + 1) * size) for h in range(heads)))
             for i, p in enumerate("qkv")

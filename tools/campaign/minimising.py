@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tools.campaign.case import Case, Record, check, findings
@@ -26,7 +27,7 @@ def minimised(
     failure: Failure,
     *,
     seconds: float = 120,
-    run: Callable[[Case], Record] = check,
+    run: Callable[[Case], Record] | None = None,
     tell: Callable[[Case], None] = lambda case: None,
 ) -> Case:
     """Return the smallest case found that fails in the same way.
@@ -35,10 +36,11 @@ def minimised(
         case: a case that fails.
         failure: the failure to keep.
         seconds: how long to go on; the smallest case so far counts.
-        run: the function that runs a case.
+        run: the function that runs a case; by default `check`, as far as the failure needs.
         tell: called with every smaller case that fails.
     """
     until = time.monotonic() + seconds
+    run = run or partial(check, only=failure[0])
     case = replace(case, routes=tuple(name for name in case.routes if name == failure[0]))
     progress = True
     while progress:
