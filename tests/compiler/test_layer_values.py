@@ -21,7 +21,7 @@ from graftc.passes.core.ir.program import map_nodes
 from graftc.passes.core.sites.sites import LinearSite, SublayerSite, ValueSite
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import FAMILIES
+from graftc.testing import FAMILIES, perturb
 from graftc.testing.families import tiny
 from tests.kit.wide import FAMILIES as WIDE
 
@@ -166,3 +166,53 @@ def test_a_method_that_takes_none() -> None:
     with pytest.raises(GraftError, match=r"role 'layer\.in' matches 2 sites \(2 value\)") as caught:
         graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": "layer.in"}}]}, tiny("bert"))
     assert caught.value.code == "GC016"
+
+
+class Recurrence(nn.Module):
+    """A layer whose branch adds to a state of another width at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.again, self.write = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.read(x)
+        state = torch.tanh(given)
+        for _ in range(2):
+            state = torch.tanh(given + self.again(state))
+        result: Tensor = x + self.write(state)
+        return result
+
+
+class Recurrent(nn.Module):
+    """Two such layers, each of which runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(17, 6), nn.ModuleList([Recurrence(), Recurrence()])
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(layer(x))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+@pytest.mark.slow
+def test_a_recurrence_within_a_layer_is_not_a_run_of_it() -> None:
+    """Pasta could not be inserted (GC071): the states, 4 wide, counted as further inputs of a layer that is 6 wide."""
+    torch.manual_seed(0)
+    model, ids = Recurrent(), torch.tensor([[3, 1, 4, 2], [1, 5, 9, 2]])
+    spec = {"adapt": [{"method": "pasta", "special_tokens": [1, 2], "init": "zeros", "dropout": 0.0}]}
+    compiled = graftc.compile(spec, model, {"input_ids": ids}, cache=False).eval()
+    assert torch.equal(compiled(ids), model(ids))
+    vectors = perturb(compiled, 1.0)
+    assert {tuple(own.shape) for own in vectors.values()} == {(2, 6)} and len(vectors) == 2
+    x = model.embed(ids)
+    for layer, own in zip(model.layers, vectors.values(), strict=True):
+        added = torch.zeros_like(x)
+        added[0, 1], added[0, 3], added[1, 0], added[1, 3] = own[0], own[1], own[0], own[1]
+        x = layer(layer(x + added) + added)
+    torch.testing.assert_close(compiled(ids), model.head(x))

@@ -60,19 +60,38 @@ def layer_values(
         sublayers: residual branches in graph order; branches without a role also belong to their layers.
         end: returns a mark for the end of a branch. When a mark repeats in a layer, the layer has started another run.
     """
-    by_owner: dict[str, list[LayerRun]] = defaultdict(list)
+    branches: dict[str, list[Sublayer]] = defaultdict(list)
     for sublayer in sublayers:
-        if sublayer.layer is None:
-            continue
-        runs, mark = by_owner[sublayer.owner], end(sublayer)
-        if not runs or mark in runs[-1].ends:
-            runs.append(LayerRun(sublayer.layer, sublayer.stack))
-        runs[-1].sublayers.append(sublayer)
-        runs[-1].ends.add(mark)
+        if sublayer.layer is not None:
+            branches[sublayer.owner].append(sublayer)
+    by_owner: dict[str, list[LayerRun]] = {}
+    for owner, own in branches.items():
+        runs = _runs(own, end)
+        if len({_width(run.entry) for run in runs}) > 1:
+            # A recurrence within the layer adds to a state of its own, at every step: that is not the layer's stream.
+            runs = _runs([each for each in own if _width(each.stream) == _width(own[-1].stream)], end)
+        by_owner[owner] = runs
     stems: dict[str, str] = {}
     for run in (run for runs in by_owner.values() for run in runs):
         stems[run.stack] = stems.get(run.stack) or run.stem
     return {owner: [(run, stems[run.stack]) for run in runs] for owner, runs in by_owner.items()}
+
+
+def _runs(sublayers: Iterable[Sublayer], end: Callable[[Sublayer], Hashable]) -> list[LayerRun]:
+    """Return the runs of one layer, given its residual branches in graph order."""
+    runs: list[LayerRun] = []
+    for sublayer in sublayers:
+        mark = end(sublayer)
+        if not runs or mark in runs[-1].ends:
+            assert sublayer.layer is not None
+            runs.append(LayerRun(sublayer.layer, sublayer.stack))
+        runs[-1].sublayers.append(sublayer)
+        runs[-1].ends.add(mark)
+    return runs
+
+
+def _width(value: fx.Node) -> object:
+    return expression(value.meta["val"].shape[-1])
 
 
 def value_sites(
