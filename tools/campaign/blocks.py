@@ -224,6 +224,9 @@ class Recurrent(Part):
 class Experts(Part):
     """Experts of which a router chooses some for each position; all are computed, and the others count zero."""
 
+    up: Tensor
+    down: Tensor
+
     def __init__(self, width: int, experts: int, chosen: int, inner: int, form: str, activation: str) -> None:
         super().__init__()
         self.router = nn.Linear(width, experts, False)
@@ -244,9 +247,7 @@ class Experts(Part):
         gates = torch.zeros_like(scores).scatter(-1, best.indices, best.values)
         if self.form == "list":
             return torch.stack([expert(x) * gates[..., i, None] for i, expert in enumerate(self.each)]).sum(0)
-        up, down = (self.get_parameter(name) for name in ("up", "down"))
-        if self.form == "batched":
-            up, down = up.mT, down.mT  # type: ignore[assignment]
+        up, down = (weight.mT if self.form == "batched" else weight for weight in (self.up, self.down))
         hidden = self.activation(torch.bmm(x.flatten(0, 1).expand(up.shape[0], -1, -1), up))
         mixed: Tensor = torch.unflatten(torch.bmm(hidden, down), 1, x.shape[:2])
         return (mixed * gates.movedim(-1, 0).unsqueeze(-1)).sum(0)
