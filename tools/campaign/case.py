@@ -106,12 +106,23 @@ def check(case: Case, tell: Callable[[Record], None] = lambda record: None, only
     return record
 
 
+def unexplained(run: Run, code: str) -> str:
+    """Return why a refusal of a route needs an explanation; empty if the case itself is one."""
+    folding = all(method_specs()[entry["method"]].claims.folds.value == "exact" for entry in run.spec["adapt"])
+    if code == "GC050" and folding:
+        return "every method folds exactly"
+    names, own = dict(run.built.named_parameters(remove_duplicate=False)), dict(run.built.named_parameters())
+    if code == "GC022" and len(names) == len(own):
+        return "no two tensors of the base are tied"
+    return ""
+
+
 def findings(record: Record) -> dict[str, Record]:
     """Return the checks of a record that need an explanation."""
     return {
         name: each
         for name, each in record["checks"].items()
-        if each["status"] in ("difference", "error") or each.get("code") in INTERNAL
+        if each["status"] in ("difference", "error") or each.get("code") in INTERNAL or each.get("unexplained")
     }
 
 
@@ -172,6 +183,9 @@ def _compile(
             record["step"] = name
             tell(record)
             _checked(record, name, work)
+            result = record["checks"].get(name, {})
+            if result.get("status") == "refused" and (reason := unexplained(run, result["code"])):
+                result["unexplained"] = reason
     record.pop("step", None)
 
 

@@ -124,9 +124,12 @@ class Eager:
                 continue
             if part == "added":
                 raise NoReferenceError("a bias where the model has none")
-            name = f"{place.module}.{part}".lstrip(".")
-            if name not in self._stored:
-                raise NoReferenceError(f"a stand-in for {name}")
+            name = self._named(place.module, part)
+            if part == "bias" and place.part:
+                stored = self._now(name, state)
+                index = self._weight(place).index(self._stored[name.removesuffix("bias") + "weight"])
+                self._replace(name, stored.index_copy(0, index, value), state)
+                continue
             if value.shape == self._stored[name].shape and not place.part and "rows" not in fields:
                 self._replace(name, value, state)
                 continue
@@ -158,7 +161,7 @@ class Eager:
         t = place.tensors
         parts = [n.removesuffix("_delta") for n in t if n.endswith("_delta")]
         for part in parts:
-            name = f"{place.module}.{part}".lstrip(".")
+            name = self._named(place.module, part)
             stored = self._now(name, state)
             flat = stored.flatten().index_add(0, t[f"{part}_indices"].long(), t[f"{part}_delta"].to(stored.dtype))
             self._replace(name, flat.view(stored.shape), state)
@@ -170,7 +173,7 @@ class Eager:
                 return opened.clamp(0, 1)
 
             for part in [n.removesuffix("_w") for n in t if n.endswith("_w")]:
-                name = f"{place.module}.{part}".lstrip(".")
+                name = self._named(place.module, part)
                 own = gate(t[f"{part}_alpha"]) * t[f"{part}_w"]
                 if fields["structured"]:
                     own = own * gate(t[f"{part}_group"])
@@ -181,6 +184,16 @@ class Eager:
 
     def _now(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
         return state[name] if name in state else self._stored[name]
+
+    def _named(self, module: str, part: str) -> str:
+        """Return the name of a module's tensor; ``part`` may be what another module calls it that shares it."""
+        name = f"{module}.{part}".lstrip(".")
+        if name in self._stored:
+            return name
+        for own, tensor in self._modules[module].named_parameters(recurse=False):
+            if any(other is tensor and known.endswith(f".{part}") for known, other in self._stored.items()):
+                return f"{module}.{own}"
+        raise NoReferenceError(f"a tensor called {name}")
 
     def _replace(self, name: str, value: Tensor, state: dict[str, Tensor]) -> None:
         """Let a value stand in for a tensor under all of its names: whoever reads it reads the trained one."""
