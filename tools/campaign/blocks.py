@@ -108,6 +108,8 @@ class Attention(Part):
         super().__init__()
         self.form, self.heads, self.groups, self.causal, self.by_hand = form, heads, groups, causal, by_hand
         self.size = size = width // heads
+        self.prefixes: tuple[tuple[Tensor, Tensor], ...] = ()
+        """Keys and values in front of those of the positions, each ``[length, groups * size]``; set by references."""
         narrow = groups * size
         self.o = nn.Linear(width, width, bias)
         if form in ("contiguous", "interleaved"):
@@ -135,16 +137,19 @@ class Attention(Part):
     def forward(self, x: Tensor) -> Tensor:
         """See `MLP.forward`."""
         q, k, v = self._projected(x)
+        for keys, values in self.prefixes:
+            parts = [torch.unflatten(t, -1, (-1, self.size)).transpose(0, 1) for t in (keys, values)]
+            k, v = (torch.cat([p.expand(len(x), -1, -1, -1), t], 2) for p, t in zip(parts, (k, v), strict=True))
         if self.groups < self.heads:
             k, v = (t.repeat_interleave(self.heads // self.groups, 1) for t in (k, v))
         if self.by_hand:
             scores = q @ k.mT / self.size**0.5
             if self.causal:
-                hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-                scores = scores.masked_fill(hidden, float("-inf"))
+                scores = scores.masked_fill(_later(q, k), float("-inf"))
             mixed = scores.softmax(-1) @ v
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            behind = ~_later(q, k) if self.causal and self.prefixes else None
+            mixed = F.scaled_dot_product_attention(q, k, v, behind, is_causal=self.causal and behind is None)
         result: Tensor = self.o(mixed.transpose(1, 2).flatten(-2))
         return result
 
@@ -160,6 +165,12 @@ class Attention(Part):
             q = self.q(x)
             parts = (q, self.k(x) if self.form == "separate" else q, self.v(x))
         return [part.unflatten(-1, (-1, size)).transpose(1, 2) for part in parts]
+
+
+def _later(q: Tensor, k: Tensor) -> Tensor:
+    """Return which keys a causal attention hides from which queries; none of a prefix."""
+    positions, every = q.shape[2], k.shape[2]
+    return torch.ones(positions, every, dtype=torch.bool, device=q.device).triu(1 + every - positions)
 
 
 class Convolution(Part):

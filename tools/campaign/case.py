@@ -163,7 +163,7 @@ def _compile(
     eager: Eager | None = None
     try:
         eager = Eager(built, case.spec)
-        eager.weights(tensors)
+        eager.call(tensors, calls[0])
     except NoReferenceError as reason:
         eager, record["reference"], record["no_reference"] = None, "compiled", str(reason)
     with torch.no_grad():
@@ -184,8 +184,8 @@ def _compile(
             tell(record)
             _checked(record, name, work)
             result = record["checks"].get(name, {})
-            if result.get("status") == "refused" and (reason := unexplained(run, result["code"])):
-                result["unexplained"] = reason
+            if result.get("status") == "refused" and (why := unexplained(run, result["code"])):
+                result["unexplained"] = why
     record.pop("step", None)
 
 

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graftc.compat import pytree
 from graftc.specs.io import load_spec
+from tools.campaign.activations import ADAPTERS, PREFIXES, Acting, acting
 from tools.campaign.blocks import Part, Rows
 from tools.campaign.reference import FORMULAS, STAND_INS, SUMS, Fields, NoReferenceError, Tensors, Weight
 
@@ -50,7 +51,7 @@ class Eager:
         self._modules = dict(built.named_modules(remove_duplicate=False))
         self._stored = {**dict(built.named_parameters(remove_duplicate=False)), **dict(built.named_buffers())}
         for _, method, _ in self.entries:
-            if method not in FORMULAS and method not in STAND_INS | SUMS:
+            if method not in FORMULAS and method not in STAND_INS | SUMS | PREFIXES | ADAPTERS:
                 raise NoReferenceError(method)
 
     @property
@@ -70,7 +71,7 @@ class Eager:
         """
         state: dict[str, Tensor] = {}
         for name, method, fields in self.entries:
-            if name in without:
+            if name in without or method in PREFIXES | ADAPTERS:
                 continue
             shared: dict[str, Tensor] = {}
             places = _places(tensors, name, shared)
@@ -86,7 +87,21 @@ class Eager:
     def call(self, tensors: Tensors, inputs: Mapping[str, Tensor], without: frozenset[str] = frozenset()) -> Any:
         """Return the eager model's outputs with the adaptations in effect."""
         weights = self.weights(tensors, without)
-        return functional_call(self.built, weights, (), dict(inputs), tie_weights=False)
+        with acting(self.built, self._acting(tensors, without)):
+            return functional_call(self.built, weights, (), dict(inputs), tie_weights=False)
+
+    def _acting(self, tensors: Tensors, without: frozenset[str]) -> list[Acting]:
+        """Return what acts on values; an adapter at a map that something else adapts has no reference."""
+        found, maps = [], []
+        for name, method, fields in self.entries:
+            places = [] if name in without else _places(tensors, name, {})
+            if method in PREFIXES | ADAPTERS:
+                found += [Acting(method, fields, place.module, place.tensors) for place in places]
+            else:
+                maps += [place.module for place in places]
+        if any(each.method in ADAPTERS and each.path in maps for each in found):
+            raise NoReferenceError("an adapter at a map that is adapted")
+        return found
 
     def adapted(self, tensors: Tensors) -> set[tuple[str, str, Rows | None]]:
         """Return the name of every weight that a formula changes, with the adaptation and the rows."""

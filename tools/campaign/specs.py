@@ -200,7 +200,10 @@ OPTIONS: Mapping[str, Drawn] = {
         "prefix": {"length": 2, "reparameterization": None}, "adapter": {"bottleneck": 3}, "lora": {"rank": 2}
     },
     **dict.fromkeys(("houlsby", "pfeiffer", "bapna_firat", "adapter_l", "he_parallel", "he_sequential"), _bottleneck),
-    **dict.fromkeys(("bottleneck", "llm_adapters"), _bottleneck),
+    "bottleneck": _bottleneck,
+    "llm_adapters": lambda draw, sizes: {
+        "placement": draw.choice(("series", "input", "output", "parallel")), **_bottleneck(draw, sizes)
+    },
 }  # fmt: skip
 """The options of methods beside their target; a method without an entry has its defaults."""
 
