@@ -15,6 +15,7 @@ from graftc.compat import pytree
 from graftc.specs.io import load_spec
 from tools.campaign.activations import ADAPTERS, PREFIXES, Acting, acting
 from tools.campaign.blocks import Part, Rows
+from tools.campaign.models import untied
 from tools.campaign.reference import FORMULAS, STAND_INS, SUMS, Fields, NoReferenceError, Tensors, Weight
 
 _PART = ".graftc."
@@ -33,7 +34,7 @@ class Eager:
     """A frozen eager model whose weights follow from adapter tensors.
 
     Args:
-        built: the module; it is never changed.
+        built: the module; it is never changed, and copied if the spec unties modules.
         spec: the spec that it is adapted with.
 
     Raises:
@@ -41,7 +42,7 @@ class Eager:
     """
 
     def __init__(self, built: nn.Module, spec: Mapping[str, Any]) -> None:
-        self.built = built
+        self.built = built = untied(built, spec["untie"]) if spec.get("untie") else built
         loaded = load_spec(dict(spec))
         self.entries: list[tuple[str, str, Fields]] = [(str(e.name), e.method, e.model_dump()) for e in loaded.adapt]
         if spec.get("train"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,6 +106,16 @@ def build(model: Model, dtype: torch.dtype = torch.float64) -> nn.Module:
         torch.manual_seed(model.seed)
         grown = Grown(model)
     return randomise(grown, seed=model.seed).to(dtype).eval().requires_grad_(False)
+
+
+def untied(built: nn.Module, paths: Sequence[str]) -> nn.Module:
+    """Return a copy of a module in which modules have weights of their own, with the values of those they share."""
+    copied = copy.deepcopy(built)
+    for path in paths:
+        module = copied.get_submodule(path)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    return copied
 
 
 def inputs_of(model: Model, built: nn.Module, sizes: tuple[int, int], seed: int = 0) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from graftc.testing.compare import in_parts
 from tools.campaign.comparing import SINGLE, Comparison, tolerance_of
 from tools.campaign.eager import Eager, leaves
 from tools.campaign.grammar import Model
-from tools.campaign.models import build
+from tools.campaign.models import build, untied
 
 Inputs = Mapping[str, Tensor]
 
@@ -83,7 +83,7 @@ def _with(module: Callable[..., Any]) -> Callable[[Inputs], Any]:
 
 def _loaded(run: Run, state: Mapping[str, Tensor]) -> nn.Module:
     """Return the eager base with other tensors, each under its own name even if the base ties them."""
-    fresh = build(run.model)
+    fresh = untied(build(run.model), run.spec.get("untie", ()))
     known = dict(fresh.named_parameters(remove_duplicate=False)) | dict(fresh.named_buffers(remove_duplicate=False))
     missing = [name for name in fresh.state_dict() if name not in state]
     assert not missing, f"the state dict lacks {missing}"
@@ -101,6 +101,8 @@ def merge(run: Run) -> Iterator[Comparison]:
     assert merged.certificate.passed
     yield from run.same("merged", _with(merged.eval()))
     yield from run.same("eager base with the folded tensors", _with(_loaded(run, merged.folded_state_dict())))
+    if run.model.family is not None:
+        yield from run.same("plain transformers model", _with(merged.to_transformers()))
     names = [entry["name"] for entry in run.spec["adapt"]]
     if len(names) > 1 and run.eager is not None:
         chosen = run.draw.choice(names)
@@ -243,18 +245,54 @@ def merge_checkpoint(run: Run) -> Iterator[Comparison]:
     base, out = run.folder / "base", run.folder / "merged"
     with quiet_transformers():
         build(run.model).save_pretrained(base, max_shard_size="30KB")  # type: ignore[operator]
-        source = load_model(str(base))
+        source = _read(base)
     compiled = graftc.compile(run.spec, source, dict(run.calls[0][0]), seed=run.seed, cache=False).eval()
     compiled.load_adapter_state_dict(run.compiled.adapter_state_dict())
     compiled.save(run.folder / "adapter", certify=False, base=str(base))
     made = graftc.merge_checkpoint(run.folder / "adapter", base, out, allow_unchanged=True)
     assert made.certificate.passed
     with quiet_transformers():
-        yield from run.same("transformers from the merged files", _with(load_model(str(out)).eval()))
+        yield from run.same("transformers from the merged files", _with(_read(out)))
+
+
+def _read(path: Path) -> Any:
+    """Load a folder with transformers; experts are computed by an operator that has float64, as in the base."""
+    model: Any = load_model(str(path)).eval()
+    if model.config.model_type == "mixtral":
+        model.set_experts_implementation("batched_mm")
+    return model
+
+
+def folder(run: Run) -> Iterator[Comparison]:
+    """Write the merged model as a folder, and load it with transformers."""
+    merged = run.compiled.merge(allow_unchanged=True)
+    with quiet_transformers():
+        merged.save(run.folder / "merged")
+        yield from run.same("transformers from the folder", _with(_read(run.folder / "merged")))
+
+
+def peft_folder(run: Run) -> Iterator[Comparison]:
+    """Write PEFT's format, which PEFT itself loads over another copy of the base, and graftc imports."""
+    import peft
+
+    path = run.compiled.export(run.folder / "peft", "peft")
+    if not any(_beyond_peft(entry) for entry in run.spec["adapt"]):
+        with quiet_transformers():
+            loaded = peft.PeftModel.from_pretrained(build(run.model), str(path), autocast_adapter_dtype=False).eval()
+        yield from run.same("PEFT", _with(loaded))
+    imported = graftc.import_peft(path, build(run.model), dict(run.calls[0][0]), cache=False).eval()
+    yield from run.same("imported", _with(imported))
+
+
+def _beyond_peft(entry: Mapping[str, Any]) -> bool:
+    """Return whether PEFT itself cannot load a folder here: several factors need CUDA, these starts have no float64."""
+    return entry.get("factors", 1) > 1 or entry.get("init") in ("pissa", "olora")
 
 
 ROUTES: Mapping[str, Route] = {
     "merge": merge,
+    "folder": folder,
+    "peft_folder": peft_folder,
     "streamed_tensors": streamed_tensors,
     "partial": partial,
     "artifact": artifact,
@@ -275,7 +313,12 @@ def usable(model: Model, spec: Mapping[str, Any]) -> list[str]:
     """Return the routes that exist for a model and a spec."""
     names = set(ROUTES)
     if model.family is None:
-        names -= {"merge_checkpoint", "partial"}  # a class without a config cannot be built again
+        names -= {
+            "merge_checkpoint",
+            "partial",
+            "folder",
+            "peft_folder",
+        }  # a class without a config cannot be built again
     if model.family not in GENERATES:
         names -= {"cache"}
     methods = [entry["method"] for entry in spec["adapt"]]

@@ -240,7 +240,18 @@ def draw_spec(seed: int, model: Model, built: nn.Module) -> Spec:
         free = [place.path for place in places if place.path not in taken]
         if free:
             spec["train"] = [draw.choice(free)]
+    tied = [path for path in _tied(built) if any(path in e.get("target", {}).get("modules", ()) for e in adapt)]
+    if tied and draw.random() < 0.6:
+        spec["untie"] = tied
     return spec
+
+
+def _tied(built: nn.Module) -> list[str]:
+    """Return the paths of modules whose weights have another name as well."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in built.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    return sorted(path for paths in names.values() if len(paths) > 1 for path in paths)
 
 
 def _adaptation(
