@@ -20,7 +20,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.registry import method_specs
 from graftc.testing import perturb
 from tools.campaign.blocks import Attention
-from tools.campaign.comparing import Comparison, record_of, tolerance_of
+from tools.campaign.comparing import CASTING, SLOPE, Comparison, record_of, tolerance_of
 from tools.campaign.eager import Eager, leaves
 from tools.campaign.grammar import Model, draw_model
 from tools.campaign.models import build, inputs_of
@@ -31,6 +31,10 @@ from tools.campaign.specs import draw_spec
 Record = dict[str, Any]
 SIZES = ((3, 4), (2, 6))
 """Batch and positions of the calls; the first is the one that models are compiled with."""
+STEP = 1e-6
+"""The step of finite differences."""
+OTHER_SLOPES = frozenset({"dora", "adamix", "pruning"})
+"""Methods without a slope of their own: a norm that counts as a constant, drawn experts, straight-through scores."""
 INTERNAL = frozenset({"GC040", "GC041", "GC051", "GC053", "GC071", "GC099"})
 """Codes that no case may end with: a broken invariant, a wrong graph, a fold that is not certified, wrong tensors, a
 method that fails when it is inserted, a crash."""
@@ -109,7 +113,7 @@ def check(case: Case, tell: Callable[[Record], None] = lambda record: None, only
 def unexplained(run: Run, code: str) -> str:
     """Return why a refusal of a route needs an explanation; empty if the case itself is one."""
     folding = all(method_specs()[entry["method"]].claims.folds.value == "exact" for entry in run.spec["adapt"])
-    if code == "GC050" and folding:
+    if code == "GC050" and folding and not any(entry.get("add_missing") for entry in run.spec["adapt"]):
         return "every method folds exactly"
     names, own = dict(run.built.named_parameters(remove_duplicate=False)), dict(run.built.named_parameters())
     if code == "GC022" and len(names) == len(own):
@@ -177,6 +181,8 @@ def _compile(
         checks["places"] = lambda: _places(run)
         if not eager.methods & WITHOUT_GRADIENTS:
             checks["gradients"] = lambda: _gradients(run)
+    elif case.model.family not in CASTING and not _methods(case.spec) & (WITHOUT_GRADIENTS | OTHER_SLOPES):
+        checks["slope"] = lambda: _slope(run)
     checks |= {name: partial(ROUTES[name], run) for name in case.routes}
     for name, work in checks.items():
         if only in (None, name):
@@ -192,6 +198,10 @@ def _compile(
 def _starts_as_base(spec: Mapping[str, Any]) -> bool:
     claims = [method_specs()[entry["method"]].claims for entry in spec["adapt"]]
     return all(claim.identity_at_init for claim in claims)
+
+
+def _methods(spec: Mapping[str, Any]) -> set[str]:
+    return {entry["method"] for entry in spec["adapt"]}
 
 
 def _gradients(run: Run) -> Iterator[Comparison]:
@@ -219,6 +229,41 @@ def _gradients(run: Run) -> Iterator[Comparison]:
         "gradients", actual, [_or_zeros(own[name].grad, wanted[name]) for name in names], run.tolerance * 10
     )
     run.compiled.zero_grad()
+
+
+def _slope(run: Run) -> Iterator[Comparison]:
+    """Compare the gradients of a loss, along a random line, with its finite differences, where there is no reference.
+
+    The scale of the comparison is the sum of what all elements contribute, since they may cancel.
+    """
+    inputs, expected = run.calls[0]
+    generator = torch.Generator().manual_seed(run.seed)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
+
+    weights, wanted = [noise(t) for t in expected], [p for p in run.compiled.parameters() if p.requires_grad]
+    line, start = [noise(p) for p in wanted], [p.detach().clone() for p in wanted]
+    run.compiled.zero_grad()
+    run.compiled.train()
+    try:
+        _backward(leaves(run.compiled(**inputs)), weights)
+        parts = [_or_zeros(p.grad, p) * d for p, d in zip(wanted, line, strict=True)]
+        losses = []
+        with torch.no_grad():
+            for step in (STEP, -STEP):
+                for parameter, own, along in zip(wanted, start, line, strict=True):
+                    parameter.copy_(own + step * along)
+                outputs = leaves(run.compiled(**inputs))
+                losses.append(sum(float((a * b).sum()) for a, b in zip(outputs, weights, strict=True)))
+            for parameter, own in zip(wanted, start, strict=True):
+                parameter.copy_(own)
+    finally:
+        run.compiled.eval()
+        run.compiled.zero_grad()
+    slope, scale = (torch.stack([f(part).sum() for part in parts]).sum() for f in (torch.clone, torch.abs))
+    measured = torch.tensor((losses[0] - losses[1]) / (2 * STEP), dtype=torch.float64)
+    yield Comparison("slope", [torch.stack([measured, scale])], [torch.stack([slope, scale])], SLOPE)
 
 
 def _backward(outputs: Sequence[Tensor], weights: Sequence[Tensor]) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 DOUBLE = 1e-9
 """Where everything is computed in float64, as a fraction of the largest output."""
+SLOPE = 1e-5
+"""Of the slope of a loss along a line, by finite differences in float64."""
 SINGLE = 1e-4
 """Where the model, or ONNX Runtime, computes in float32."""
 SINGLE_INSIDE = 1e-5
