@@ -32,8 +32,8 @@ COMMANDS = ("graftc.cli", "graftc.applications.demo")
 
 HEAVY = frozenset(
     {
-        *("huggingface_hub", "onnxruntime", "peft", "quickjs", "regex", "resvg_py", "safetensors", "sklearn"),
-        *("PIL", "tokenizers", "torch", "transformers", "yaml"),
+        *("cryptography", "huggingface_hub", "onnxruntime", "peft", "quickjs", "regex", "resvg_py", "safetensors"),
+        *("securesystemslib", "sklearn", "PIL", "tokenizers", "torch", "transformers", "yaml"),
     }
 )
 """Packages that take long to import, or need not be there: functions may import them wherever they need them."""
