@@ -64,11 +64,10 @@ def sign(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the signature if it exists.")] = False,
 ) -> SignResult:
     """Check the files of an artifact or a merged folder, and sign them with a key."""
-    from graftc.runtime.artifact.signatures import SUFFIX
     from graftc.runtime.artifact.signatures import sign as sign_folder
+    from graftc.runtime.artifact.signatures import signature_path
 
-    run.out = out or directory.absolute().with_name(directory.absolute().name + SUFFIX)
-    run.force = force
+    run.out, run.force = signature_path(directory, out), force
     run.require_destination(directory, key)
     signed = sign_folder(directory, key, run.out, passphrase=lambda: _passphrase(key), force=force)
     return SignResult(
@@ -92,9 +91,9 @@ def _passphrase(key: Path) -> str:
 
     from graftc.specs.errors.diagnostics import GraftError
 
-    given = os.environ.get("GRAFTC_PASSPHRASE")
-    if given is not None:
-        return given
+    passphrase = os.environ.get("GRAFTC_PASSPHRASE")
+    if passphrase is not None:
+        return passphrase
     if not sys.stdin.isatty():
         raise GraftError("GC094", f"{key} is encrypted", hint="set GRAFTC_PASSPHRASE, or run this in a terminal")
     return getpass(f"passphrase of {key}: ")

@@ -42,5 +42,5 @@ def code_digest() -> str:
 
 
 def origin() -> dict[str, str]:
-    """Return the entry for what writes a folder now: versions and code."""
+    """Return the entry for the versions and the code that write a folder now."""
     return {**versions(), "code": code_digest()}

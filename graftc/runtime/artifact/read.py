@@ -24,7 +24,7 @@ from graftc.passes.core.ir.shapes import DTYPES
 from graftc.passes.core.ir.stored.serialise import program_from_json
 from graftc.records.certificate import Certificate
 from graftc.records.passes import PassRecord
-from graftc.runtime.artifact.fields import GRAPH_BYTES, MANIFEST_BYTES, TEXT_BYTES
+from graftc.runtime.artifact.fields import GRAPH_BYTES, MANIFEST_BYTES, TEXT_BYTES, File
 from graftc.runtime.artifact.manifest import (
     ADAPTERS,
     CONSTANTS,
@@ -39,7 +39,8 @@ from graftc.runtime.artifact.manifest import (
     read_manifest,
     unsafe,
 )
-from graftc.runtime.artifact.records import content, read_record
+from graftc.runtime.artifact.places import RECORD
+from graftc.runtime.artifact.records import MergedRecord, content, read_merged_record, read_record
 from graftc.runtime.artifact.write import file_digest
 from graftc.runtime.sources.folder_kinds import missing, reader_of
 from graftc.specs.document import Spec
@@ -274,15 +275,13 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     if not os.path.isfile(folder / MANIFEST):
         hint = reader_of(Path(path)) or "graftc compile SPEC --model MODEL --out DIR writes artifacts"
         raise GraftError("GC080", f"{path} {missing(folder, MANIFEST)}", hint=hint)
-    present = set(files_of(folder, str(path)))
+    present = set(files_of(folder, str(path))) - {MANIFEST}
     try:
         raw = content(folder / MANIFEST, MANIFEST_BYTES)
     except (OSError, ValueError) as error:
         raise damaged(str(path), MANIFEST, f"cannot be read: {error}") from error
     manifest = read_manifest(raw, str(path))
-    check_files(
-        folder, present - {MANIFEST}, {name: (f.bytes, f.sha256) for name, f in manifest.files.items()}, str(path)
-    )
+    _check_files(folder, present, manifest.files, str(path))
     if Artifact(folder, manifest).identity.fingerprint != manifest.base.fingerprint:
         raise damaged(str(path), MANIFEST, "has a fingerprint that does not match the tensors of its base")
     for required in (SPEC, ADAPTERS, *([CONSTANTS] if manifest.constants else [])):
@@ -307,8 +306,24 @@ def files_of(folder: Path, where: str) -> Iterator[str]:
             raise unsafe(where, f"{path} is a {'link' if entry.is_symlink() else 'special file'}")
 
 
-def check_files(folder: Path, present: set[str], listed: Mapping[str, tuple[int, str]], where: str) -> None:
-    """Check the files of a folder against a table of sizes and digests.
+def open_merged(folder: Path, where: str) -> MergedRecord:
+    """Return the record of a merged model, after checking all files of its folder.
+
+    Args:
+        folder: the folder of the merged model.
+        where: the folder named in errors.
+
+    Raises:
+        GraftError: as in `read_merged_record`; GC082 for changed contents, GC083 for a missing file, GC085 for links
+            and unlisted files.
+    """
+    record = read_merged_record(folder, where)
+    _check_files(folder, set(files_of(folder, where)) - {RECORD}, record.files, where)
+    return record
+
+
+def _check_files(folder: Path, present: set[str], listed: Mapping[str, File], where: str) -> None:
+    """Check the files of a folder against those that are listed.
 
     Raises:
         GraftError: GC082 for a changed file, GC083 for a missing file, GC085 for an unlisted file.
@@ -318,13 +333,13 @@ def check_files(folder: Path, present: set[str], listed: Mapping[str, tuple[int,
             raise _missing(where, name)
     for name in sorted(present - listed.keys()):
         raise unsafe(where, f"the file {name!r} is not listed")
-    for name, (size, digest) in listed.items():
+    for name, file in listed.items():
         actual = (folder / name).stat().st_size
-        if actual != size:
-            raise damaged(where, name, f"has {actual} bytes, not {size}")
+        if actual != file.bytes:
+            raise damaged(where, name, f"has {actual} bytes, not {file.bytes}")
         if actual > GRAPH_BYTES and not name.endswith(".safetensors"):
             raise damaged(where, name, f"has {actual} bytes; a file without tensors has at most {GRAPH_BYTES}")
-        if file_digest(folder / name) != digest:
+        if file_digest(folder / name) != file.sha256:
             raise damaged(where, name, "has changed since it was written")
 
 

@@ -19,8 +19,7 @@ from graftc.files.writing import write_text
 from graftc.runtime.artifact.fields import MANIFEST_BYTES
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.artifact.places import RECORD
-from graftc.runtime.artifact.read import check_files, files_of, open_artifact
-from graftc.runtime.artifact.records import read_merged_record
+from graftc.runtime.artifact.read import open_artifact, open_merged
 from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.regular_files import read_regular
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import SSlibKey
 
-SUFFIX = ".dsse.json"
-"""What the name of a signature's file adds to the name of the folder."""
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _STATEMENT, _PREDICATE = "https://in-toto.io/Statement/v1", "urn:graftc:sealed-folder:1"
 _MOST = 2**16
@@ -55,6 +52,14 @@ class FolderSignature:
     sha256: str
 
 
+def signature_path(folder: str | Path, file: str | Path | None = None) -> Path:
+    """Return the absolute path of a folder's signature: ``FOLDER.dsse.json`` beside the folder if no file is named."""
+    if file is not None:
+        return absolute_path(file)
+    place = absolute_path(folder)
+    return place.with_name(f"{place.name}.dsse.json")
+
+
 def sign(
     folder: str | Path,
     key: str | Path,
@@ -68,7 +73,7 @@ def sign(
     Args:
         folder: the folder.
         key: an Ed25519 or ECDSA private key in OpenSSH's or in PEM format, such as ``ssh-keygen -t ed25519`` writes.
-        out: the file of the signature; the folder's name with `SUFFIX`, beside the folder, by default.
+        out: the file of the signature; by default as in `signature_path`.
         passphrase: called for the passphrase of an encrypted key.
         force: whether to replace an existing file.
 
@@ -76,12 +81,11 @@ def sign(
         GraftError: GC061 without securesystemslib; GC063 or GC064 for a file that cannot be written; GC080 to GC085 if
             the folder is not one, or is not as it was written; GC094 for a key that cannot be used.
     """
-    require_library()
+    _require_library()
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import CryptoSigner
 
-    place = absolute_path(folder)
-    path = place.with_name(place.name + SUFFIX) if out is None else absolute_path(out)
+    place, path = absolute_path(folder), signature_path(folder, out)
     private = _private_key(Path(key), passphrase)
     public = _named(private.public_key(), Path(key))
     name, sha256 = _sealing(place, str(folder))
@@ -103,7 +107,7 @@ def signature_problem(folder: str | Path, keys: str | Path, signature: str | Pat
     Args:
         folder: an artifact or a merged model's folder.
         keys: a file of public keys: lines as in ``.pub`` files of OpenSSH, or one key in PEM format.
-        signature: the file of the signature; by default the one that `sign` writes.
+        signature: the file of the signature; by default as in `signature_path`.
 
     Returns:
         The problem and the signer, one of which is empty.
@@ -111,10 +115,9 @@ def signature_problem(folder: str | Path, keys: str | Path, signature: str | Pat
     Raises:
         GraftError: GC061 without securesystemslib; GC080 if the folder is neither; GC094 for keys that cannot be used.
     """
-    require_library()
+    _require_library()
     trusted = list(_public_keys(Path(keys)))
-    place = absolute_path(folder)
-    path = place.with_name(place.name + SUFFIX) if signature is None else absolute_path(signature)
+    place, path = absolute_path(folder), signature_path(folder, signature)
     name = _sealing_file(place, str(folder))
     try:
         envelope = _envelope(path)
@@ -132,7 +135,7 @@ def signature_problem(folder: str | Path, keys: str | Path, signature: str | Pat
     return "", ", ".join(signers)
 
 
-def require_library() -> None:
+def _require_library() -> None:
     """Refuse to go on without the library that signs.
 
     Raises:
@@ -164,8 +167,7 @@ def _sealing(folder: Path, where: str) -> tuple[str, str]:
     if name == MANIFEST:
         open_artifact(folder)
     else:
-        files = {file: (entry.bytes, entry.sha256) for file, entry in read_merged_record(folder, where).files.items()}
-        check_files(folder, set(files_of(folder, where)) - {RECORD}, files, where)
+        open_merged(folder, where)
     if _digest(folder / name) != before:
         raise GraftError("GC082", f"{where} changes while it is signed: {name}", hint="sign it again")
     return name, before

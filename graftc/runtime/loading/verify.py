@@ -18,7 +18,7 @@ from graftc.records.verification import Check
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.artifact.origin import are_installed
 from graftc.runtime.artifact.places import RECORD
-from graftc.runtime.artifact.read import Artifact, check_files, files_of, open_artifact
+from graftc.runtime.artifact.read import Artifact, open_artifact, open_merged
 from graftc.runtime.artifact.records import read_merged_record
 from graftc.runtime.artifact.write import BUNDLED
 from graftc.runtime.compiled import Compiled
@@ -259,9 +259,7 @@ def _verify_merged(folder: Path, where: str) -> Verification:
 
 
 def _merged_files(folder: Path, where: str) -> tuple[bool, str]:
-    listed = {name: (entry.bytes, entry.sha256) for name, entry in read_merged_record(folder, where).files.items()}
-    check_files(folder, set(files_of(folder, where)) - {RECORD}, listed, where)
-    return True, f"{counted(len(listed), 'file')}, as written"
+    return True, f"{counted(len(open_merged(folder, where).files), 'file')}, as written"
 
 
 def _merged_spec(folder: Path, where: str) -> tuple[bool, str]:
