@@ -72,6 +72,7 @@ def _members(cls: type) -> Iterator[str]:
 
 def _member(name: str, value: Any) -> str | None:
     """Return the description of a member of a class; None for a value, which its annotation describes."""
+    value = getattr(value, "wrapped", value)  # pydantic wraps stated properties when the class's JSON is first read
     if isinstance(value, classmethod | staticmethod):
         return f"{type(value).__name__} {name}{_signature(value.__func__)}"
     if isinstance(value, property):
