@@ -9,7 +9,7 @@ from experiments import classifying, parity
 from experiments.environments import call
 
 MODULES = {"parity": parity, "encoder": classifying}
-"""What computes the cells of other parts; imported here so that the digests of these cells cover it."""
+"""The modules that compute the cells of other parts, imported so that the digests of these cells cover them."""
 
 
 def figures(cell: Mapping[str, Any]) -> dict[str, Any]:

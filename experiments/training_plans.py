@@ -209,9 +209,11 @@ Rows = Mapping[Row, bool]
 
 
 def swept_row(setting: Repeated, row: Row, known: Known) -> tuple[list[Cell], float | None]:
-    """Return a row's sweep as `swept` does: empty, with the row's only rate, if it sweeps none; 0 without a method."""
-    if row.fields is None or not row.swept:
-        return [], 0.0 if row.fields is None else row.middle
+    """Return a row's sweep as `swept` does. A row that sweeps no rates has an empty one; without a method, rate 0."""
+    if row.fields is None:
+        return [], 0.0
+    if not row.swept:
+        return [], row.middle
     return swept(lambda rate: setting.cell(row, rate, setting.seeds[0]), row.middle, known)
 
 

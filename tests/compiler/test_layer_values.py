@@ -176,10 +176,10 @@ class Recurrence(nn.Module):
         self.read, self.again, self.write = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        given = self.read(x)
-        state = torch.tanh(given)
+        features = self.read(x)
+        state = torch.tanh(features)
         for _ in range(2):
-            state = torch.tanh(given + self.again(state))
+            state = torch.tanh(features + self.again(state))
         result: Tensor = x + self.write(state)
         return result
 

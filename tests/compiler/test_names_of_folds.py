@@ -1,4 +1,4 @@
-"""What the certificate of a merge calls the tensors that a training in full replaces."""
+"""The names that a merge's certificate gives to tensors that full fine-tuning replaces."""
 
 from __future__ import annotations
 

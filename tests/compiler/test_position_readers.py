@@ -36,5 +36,5 @@ def test_a_table_of_numbers_is_read_by_positions(target: Any, args: Any, index: 
         if dtype.is_floating_point:
             expected.append((read[-1], index, table, numbers))
     graph.output((tokens, *read))
-    found = [(reader.reader, reader.index, reader.table, reader.numbers) for reader in position_readers(graph, [])]
-    assert found == expected
+    readers = [(reader.reader, reader.index, reader.table, reader.numbers) for reader in position_readers(graph, [])]
+    assert readers == expected

@@ -1,4 +1,4 @@
-"""How far scores move between two runs of routers."""
+"""The comparison of routers' scores in two runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which models certificates may run on random inputs."""
+"""Models that certificates may run on random inputs, and others."""
 
 from __future__ import annotations
 

@@ -20,6 +20,6 @@ def test_no_seed_has_an_unexplained_difference() -> None:
     records = running.run(range(COUNT))
     counts = running.counts_of(records.values())
     print(json.dumps({title: dict(sorted(counter.items())) for title, counter in counts.items()}, indent=1))
-    found = {seed: record["findings"] for seed, record in records.items() if record.get("findings")}
-    assert not found, json.dumps(found, indent=1)
+    findings = {seed: record["findings"] for seed, record in records.items() if record.get("findings")}
+    assert not findings, json.dumps(findings, indent=1)
     assert counts["seeds"]["equal"] >= COUNT * 3 // 4, "too much is refused for the rest to say much"

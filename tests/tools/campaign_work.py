@@ -1,4 +1,4 @@
-"""What processes of a campaign run in tests: quick, and without torch."""
+"""Functions for the processes of a campaign in tests: quick, and without torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tools.forked import finish
+
 EQUAL = {"compile": {"status": "equal"}}
 
 
 def equal(sender: Connection, seed: int, only: str | None, limits: Any) -> None:
     """Report that everything is equal."""
-    sender.send({"seed": seed, "checks": EQUAL, "findings": {}, "done": True})
+    finish(sender, {"seed": seed, "checks": EQUAL, "findings": {}})
 
 
 def uneven(sender: Connection, seed: int, only: str | None, limits: Any) -> None:
@@ -24,4 +26,4 @@ def uneven(sender: Connection, seed: int, only: str | None, limits: Any) -> None
         time.sleep(60)
     status = "difference" if seed == 2 else "refused"
     checks = {"compile": {"status": status, "code": "GC017"}}
-    sender.send({"seed": seed, "checks": checks, "findings": checks if seed == 2 else {}, "done": True})
+    finish(sender, {"seed": seed, "checks": checks, "findings": checks if seed == 2 else {}})

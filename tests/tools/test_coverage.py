@@ -27,8 +27,9 @@ from tools.coverage.levels import KINDS, LEVELS, called_maps, compile_maps, leve
 from tools.coverage.page_levels import level_counts
 from tools.coverage.shrink import VOCABULARY, Plan, shrink
 from tools.coverage.text import clean
+from tools.sources import ROOT
 
-DOCS = run.ROOT / "docs"
+DOCS = ROOT / "docs"
 AGAIN = ("BertForSequenceClassification", "GPT2LMHeadModel", "ViTForImageClassification")
 
 
@@ -314,7 +315,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     names = "|".join(entry.name for entry in TINY)
     command = [sys.executable, "-m", "tools.coverage", "-j", "1", "--only", f"^({names})$", "--work", str(tmp_path)]
     command += ["--any-sources"]  # the sources may be edited during the run
-    first = subprocess.Popen(command, cwd=run.ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert first.stdout is not None
     line = first.stdout.readline()
     os.killpg(first.pid, signal.SIGKILL)
@@ -322,7 +323,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert line.startswith("[1/3]"), line
     done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert 1 <= len(done) < 3
-    second = subprocess.run(command, cwd=run.ROOT, capture_output=True, text=True, check=True)
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert second.stdout.startswith(f"{len(done)} of 3 kept from before"), second.stdout
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert len(after) == 3

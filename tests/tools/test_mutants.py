@@ -1,4 +1,4 @@
-"""Mutants of our own code are the same everywhere, valid, and on lines that tests run; what tests notice is counted."""
+"""Mutants of graftc's code: the same everywhere, valid, on lines that tests run, and counted by outcome."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_keys_follow_the_lines() -> None:
 
 
 def test_the_choice_depends_on_the_seed_alone() -> None:
-    """The same seed gives the same mutants, of all areas and many kinds; more of them begin with the same."""
+    """A seed always gives the same mutants, from all areas and of many kinds; a larger count only appends to them."""
     areas = [Area(area.name, tuple(area.files(ROOT)[-3:]), ()) for area in AREAS]
     coverage = Coverage()
     for area in areas:
@@ -129,8 +129,8 @@ def test_only_lines_that_tests_run(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(EVERY_KIND, encoding="utf-8")
     coverage = Coverage()
     coverage.lines["a.py"][18].add("tests/test_it.py::test")
-    found = mutants(tmp_path, [Area("all", ("*.py",), ())], coverage, 0, 1000)
-    assert {one.mutation.line for one in found} == {18} and len(found) > 3
+    drawn = mutants(tmp_path, [Area("all", ("*.py",), ())], coverage, 0, 1000)
+    assert {one.mutation.line for one in drawn} == {18} and len(drawn) > 3
 
 
 def test_tests_that_run_the_line_come_first() -> None:
@@ -212,14 +212,14 @@ def test_a_tiny_package(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny / "build" / "mutants" / "results.jsonl"
     (first,) = path.read_text(encoding="utf-8").splitlines()
     path.write_text(f"{first}\n{first[:20]}", encoding="utf-8")
-    said = run("--count", "100")
+    output = run("--count", "100")
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     outcomes = {(line["before"], line["after"]): (line["outcome"], line["test"]) for line in lines}
     assert len(outcomes) == len(lines) > 4 and json.loads(first) == lines[0]
     assert outcomes["return a * 2", "return a * 3"] == ("caught", "tests/test_tiny.py::test_noticed")
     assert outcomes["return a < 5", "return None"] == ("caught", "tests/test_tiny.py::test_unnoticed")
     assert outcomes["return a < 5", "return a <= 5"] == ("survived", "")
-    assert "+ return a <= 5" in said and "measuring" not in said
+    assert "+ return a <= 5" in output and "measuring" not in output
     assert (tiny / "tiny.py").read_text(encoding="utf-8") == SOURCE
     survivors = {line["key"].partition(".")[0] for line in lines if line["outcome"] == "survived"}
     equivalent.write_text(json.dumps({key: {"because": "nobody asks"} for key in survivors}), encoding="utf-8")

@@ -22,15 +22,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
     parser.add_argument("--any-state", action="store_true", help="keep results that other sources gave")
     parser.add_argument("--seconds", type=float, default=Limits.seconds, help="time of a seed (default: 120)")
-    given = parser.parse_args(arguments)
-    if given.show is not None:
-        return _show(given.show, given.results)
-    first, _, last = given.seeds.partition(":")
+    options = parser.parse_args(arguments)
+    if options.show is not None:
+        return _show(options.show, options.results)
+    first, _, last = options.seeds.partition(":")
     seeds = range(int(first), int(last)) if last else range(int(first), int(first) + 1)
-    results = given.results if given.only is None else given.results.with_suffix(f".{given.only}.jsonl")
-    limits = Limits(seconds=given.seconds)
+    results = options.results if options.only is None else options.results.with_suffix(f".{options.only}.jsonl")
+    limits = Limits(seconds=options.seconds)
     records = run(
-        seeds, results, jobs=given.jobs, only=given.only, limits=limits, any_state=given.any_state, tell=_tell
+        seeds, results, jobs=options.jobs, only=options.only, limits=limits, any_state=options.any_state, tell=_tell
     )
     for title, counter in counts_of(records.values()).items():
         print(f"{title}: " + ", ".join(f"{name} {count}" for name, count in sorted(counter.items())))

@@ -214,16 +214,16 @@ class Recurrent(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         """See `MLP.forward`."""
-        given = self.read(x)
+        features = self.read(x)
         if self.form == "over_time":
-            state, states = torch.zeros_like(given[:, 0]), []
-            for at in range(given.shape[1]):
-                state = torch.tanh(given[:, at] + self.again(state))
+            state, states = torch.zeros_like(features[:, 0]), []
+            for at in range(features.shape[1]):
+                state = torch.tanh(features[:, at] + self.again(state))
                 states.append(state)
             return self.write(torch.stack(states, 1))  # type: ignore[no-any-return]
-        state = torch.tanh(given)
+        state = torch.tanh(features)
         for _ in range(self.steps):
-            new = torch.tanh(given + self.again(state))
+            new = torch.tanh(features + self.again(state))
             if self.form == "gated":
                 gate = torch.sigmoid(self.gate(torch.cat([x, state], -1)))
                 new = gate * state + (1 - gate) * new

@@ -25,10 +25,10 @@ from tools.campaign.eager import Eager, leaves
 from tools.campaign.grammar import Model, draw_model
 from tools.campaign.models import build, inputs_of
 from tools.campaign.reference import WITHOUT_GRADIENTS, NoReferenceError
-from tools.campaign.routes import ROUTES, Run, usable
+from tools.campaign.routes import ROUTES, Run, folding, usable
 from tools.campaign.specs import draw_spec
+from tools.forked import Record
 
-Record = dict[str, Any]
 SIZES = ((3, 4), (2, 6))
 """Batch and positions of the calls; the first is the one that models are compiled with."""
 STEP = 1e-6
@@ -112,8 +112,8 @@ def check(case: Case, tell: Callable[[Record], None] = lambda record: None, only
 
 def unexplained(run: Run, code: str) -> str:
     """Return why a refusal of a route needs an explanation; empty if the case itself is one."""
-    folding = all(method_specs()[entry["method"]].claims.folds.value == "exact" for entry in run.spec["adapt"])
-    if code == "GC050" and folding and not any(entry.get("add_missing") for entry in run.spec["adapt"]):
+    folds = len(folding(run.spec)) == len(run.spec["adapt"])
+    if code == "GC050" and folds and not any(entry.get("add_missing") for entry in run.spec["adapt"]):
         return "every method folds exactly"
     names, own = dict(run.built.named_parameters(remove_duplicate=False)), dict(run.built.named_parameters())
     if code == "GC022" and len(names) == len(own):
@@ -160,8 +160,8 @@ def _compile(
     tolerance = tolerance_of(case.model.family)
     with torch.no_grad():
         if _starts_as_base(case.spec):
-            for given in calls:
-                yield Comparison("before training", leaves(compiled(**given)), leaves(built(**given)), tolerance)
+            for inputs in calls:
+                yield Comparison("before training", leaves(compiled(**inputs)), leaves(built(**inputs)), tolerance)
     perturb(compiled, case.noise, case.seed)
     tensors = compiled.adapter_state_dict()
     eager: Eager | None = None
@@ -171,8 +171,8 @@ def _compile(
     except NoReferenceError as reason:
         eager, record["reference"], record["no_reference"] = None, "compiled", str(reason)
     with torch.no_grad():
-        outputs = [leaves(compiled(**given)) for given in calls]
-        expected = outputs if eager is None else [leaves(eager.call(tensors, given)) for given in calls]
+        outputs = [leaves(compiled(**inputs)) for inputs in calls]
+        expected = outputs if eager is None else [leaves(eager.call(tensors, inputs)) for inputs in calls]
     run = Run(case.seed, case.model, case.spec, built, compiled, eager, list(zip(calls, expected, strict=True)), folder)
     checks: dict[str, Callable[[], Iterator[Comparison]]] = {}
     if eager is not None:
@@ -208,9 +208,8 @@ def _gradients(run: Run) -> Iterator[Comparison]:
     """Compare outputs in train mode, and the gradients of a loss of every output, with the eager model's."""
     assert run.eager is not None
     inputs, expected = run.calls[0]
-    generator = torch.Generator().manual_seed(run.seed)
-    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in expected]
-    wanted = {n: p for n, p in run.compiled.named_parameters() if p.requires_grad}
+    weights = _noise(run.seed, expected)
+    trained = {n: p for n, p in run.compiled.named_parameters() if p.requires_grad}
     run.compiled.zero_grad()
     try:
         outputs = leaves(run.compiled.train()(**inputs))
@@ -219,14 +218,14 @@ def _gradients(run: Run) -> Iterator[Comparison]:
     finally:
         run.compiled.eval()
     own = {n: t.detach().clone() for n, t in run.compiled.adapter_state_dict().items()}
-    for name in wanted:
+    for name in trained:
         own[name].requires_grad_(True)
-    theirs = leaves(run.eager.call(own, inputs))
-    _backward(theirs, weights)
-    names = list(wanted)
-    actual = [_or_zeros(wanted[name].grad, wanted[name]) for name in names]
+    reference = leaves(run.eager.call(own, inputs))
+    _backward(reference, weights)
+    names = list(trained)
+    actual = [_or_zeros(trained[name].grad, trained[name]) for name in names]
     yield Comparison(
-        "gradients", actual, [_or_zeros(own[name].grad, wanted[name]) for name in names], run.tolerance * 10
+        "gradients", actual, [_or_zeros(own[name].grad, trained[name]) for name in names], run.tolerance * 10
     )
     run.compiled.zero_grad()
 
@@ -237,26 +236,23 @@ def _slope(run: Run) -> Iterator[Comparison]:
     The scale of the comparison is the sum of what all elements contribute, since they may cancel.
     """
     inputs, expected = run.calls[0]
-    generator = torch.Generator().manual_seed(run.seed)
-
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
-
-    weights, wanted = [noise(t) for t in expected], [p for p in run.compiled.parameters() if p.requires_grad]
-    line, start = [noise(p) for p in wanted], [p.detach().clone() for p in wanted]
+    trained = [p for p in run.compiled.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in trained]
+    noise = _noise(run.seed, [*expected, *trained])
+    weights, line = noise[: len(expected)], noise[len(expected) :]
     run.compiled.zero_grad()
     run.compiled.train()
     try:
         _backward(leaves(run.compiled(**inputs)), weights)
-        parts = [_or_zeros(p.grad, p) * d for p, d in zip(wanted, line, strict=True)]
+        parts = [_or_zeros(p.grad, p) * d for p, d in zip(trained, line, strict=True)]
         losses = []
         with torch.no_grad():
             for step in (STEP, -STEP):
-                for parameter, own, along in zip(wanted, start, line, strict=True):
+                for parameter, own, along in zip(trained, start, line, strict=True):
                     parameter.copy_(own + step * along)
                 outputs = leaves(run.compiled(**inputs))
                 losses.append(sum(float((a * b).sum()) for a, b in zip(outputs, weights, strict=True)))
-            for parameter, own in zip(wanted, start, strict=True):
+            for parameter, own in zip(trained, start, strict=True):
                 parameter.copy_(own)
     finally:
         run.compiled.eval()
@@ -264,6 +260,12 @@ def _slope(run: Run) -> Iterator[Comparison]:
     slope, scale = (torch.stack([f(part).sum() for part in parts]).sum() for f in (torch.clone, torch.abs))
     measured = torch.tensor((losses[0] - losses[1]) / (2 * STEP), dtype=torch.float64)
     yield Comparison("slope", [torch.stack([measured, scale])], [torch.stack([slope, scale])], SLOPE)
+
+
+def _noise(seed: int, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return normal values in the shapes and types of tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in like]
 
 
 def _backward(outputs: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
@@ -277,31 +279,33 @@ def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
 def _places(run: Run) -> Iterator[Comparison]:
     """Compare the weights that were adapted with those that the spec names, and roles with what the grammar built."""
     assert run.eager is not None
-    found = run.eager.adapted(run.compiled.adapter_state_dict())
+    adapted = run.eager.adapted(run.compiled.adapter_state_dict())
     for entry in run.spec["adapt"]:
         target = entry.get("target", {})
-        mine = {(weight, rows) for name, weight, rows in found if name == entry["name"]}
-        if not mine or entry.get("bias", "none") != "none":
+        weights = {(weight, rows) for name, weight, rows in adapted if name == entry["name"]}
+        if not weights or entry.get("bias", "none") != "none":
             continue
         if "modules" in target:
-            modules = {weight.rpartition(".")[0] for weight, _ in mine}
+            modules = {weight.rpartition(".")[0] for weight, _ in weights}
             if modules != set(target["modules"]):
                 raise AssertionError(f"{entry['name']} adapts {sorted(modules)}, not {target['modules']}")
         elif run.model.family is None:
-            wanted = _truth(run.built, target["role"])
-            if wanted is not None and mine != wanted:
-                raise AssertionError(f"{entry['name']} adapts {sorted(map(str, mine))}, not {sorted(map(str, wanted))}")
+            truth = _truth(run.built, target["role"])
+            if truth is not None and weights != truth:
+                raise AssertionError(
+                    f"{entry['name']} adapts {sorted(map(str, weights))}, not {sorted(map(str, truth))}"
+                )
     yield Comparison("places", [torch.zeros(1)], [torch.zeros(1)], 1.0)
 
 
 def _truth(built: nn.Module, roles: list[str]) -> set[tuple[str, Any]] | None:
     """Return the weights and rows of roles as the grammar built them; None if some attention has none to tell."""
-    wanted = set()
+    weights = set()
     for path, module in built.named_modules():
         if isinstance(module, Attention):
             for role in roles:
                 if role not in module.roles:
                     return None
                 child, rows = module.roles[role]
-                wanted.add((f"{path}.{child}" if child == "in_proj_weight" else f"{path}.{child}.weight", rows))
-    return wanted
+                weights.add((f"{path}.{child}" if child == "in_proj_weight" else f"{path}.{child}.weight", rows))
+    return weights

@@ -28,7 +28,7 @@ def tolerance_of(family: str | None) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a check has to compare.
+    """Computed tensors and the expected ones.
 
     Attributes:
         label: what was computed.
@@ -44,7 +44,7 @@ class Comparison:
 
     @property
     def figure(self) -> float:
-        """How far the tensors are apart."""
+        """The largest difference, as `apart` returns it."""
         return apart(self.actual, self.expected)
 
     @property

@@ -93,26 +93,26 @@ class Eager:
 
     def _acting(self, tensors: Tensors, without: frozenset[str]) -> list[Acting]:
         """Return what acts on values; an adapter at a map that something else adapts has no reference."""
-        found, maps = [], []
+        activations, maps = [], []
         for name, method, fields in self.entries:
             places = [] if name in without else _places(tensors, name, {})
             if method in PREFIXES | ADAPTERS:
-                found += [Acting(method, fields, place.module, place.tensors) for place in places]
+                activations += [Acting(method, fields, place.module, place.tensors) for place in places]
             else:
                 maps += [place.module for place in places]
-        if any(each.method in ADAPTERS and each.path in maps for each in found):
+        if any(each.method in ADAPTERS and each.path in maps for each in activations):
             raise NoReferenceError("an adapter at a map that is adapted")
-        return found
+        return activations
 
     def adapted(self, tensors: Tensors) -> set[tuple[str, str, Rows | None]]:
         """Return the name of every weight that a formula changes, with the adaptation and the rows."""
-        found = set()
+        weights = set()
         for name, method, _ in self.entries:
             if method in FORMULAS:
                 for place in _places(tensors, name, {}):
                     weight = self._weight(place)
-                    found.add((name, weight.name, weight.rows))
-        return found
+                    weights.add((name, weight.name, weight.rows))
+        return weights
 
     # --- one place ----------------------------------------------------------------------------------------------
 
@@ -155,21 +155,16 @@ class Eager:
             stored = self._now(name, state)
             index = weight.index(stored)
             if fields.get("rows") is not None:
-                numbers = sorted({int(row) % len(index) for row in fields["rows"]})
-                index = index[torch.tensor(numbers)]
+                index = index[_row_numbers(fields, len(index))]
             if weight.layout == "columns" and not isinstance(self._modules[place.module], nn.Embedding):
                 value = value.mT
             elif weight.layout == "kernel":
                 value = value.flatten(1)
             elif isinstance(self._modules[place.module], nn.Embedding):
-                self._replace(name, stored.index_copy(0, self._tokens(fields, stored), value), state)
+                self._replace(name, stored.index_copy(0, _row_numbers(fields, len(stored)), value), state)
                 continue
             whole = weight.seen(stored).index_copy(-2, index, value)
             self._replace(name, whole.mT if weight.layout == "columns" else whole.reshape(stored.shape), state)
-
-    @staticmethod
-    def _tokens(fields: Fields, stored: Tensor) -> Tensor:
-        return torch.tensor(sorted({int(row) % len(stored) for row in fields["rows"]}))
 
     def _add(self, place: _Place, method: str, fields: Fields, state: dict[str, Tensor]) -> None:
         if place.part:
@@ -244,9 +239,14 @@ class Eager:
         return known[0]
 
 
+def _row_numbers(fields: Fields, count: int) -> Tensor:
+    """Return the numbers of the rows that a spec lists, of so many."""
+    return torch.tensor(sorted({int(row) % count for row in fields["rows"]}))
+
+
 def _places(tensors: Tensors, adaptation: str, shared: dict[str, Tensor]) -> list[_Place]:
     """Return the places of an adaptation; what all of them share goes to ``shared``."""
-    found: dict[tuple[str, str], _Place] = {}
+    places: dict[tuple[str, str], _Place] = {}
     for name, value in tensors.items():
         module, _, rest = (
             ("", "", name.removeprefix("graftc.")) if name.startswith("graftc.") else name.partition(_PART)
@@ -258,8 +258,8 @@ def _places(tensors: Tensors, adaptation: str, shared: dict[str, Tensor]) -> lis
         if not module and not middle:
             shared[part] = value
             continue
-        found.setdefault((module, middle), _Place(module, middle)).tensors[part] = value
-    return list(found.values())
+        places.setdefault((module, middle), _Place(module, middle)).tensors[part] = value
+    return list(places.values())
 
 
 def _layout(module: nn.Module) -> str:

@@ -9,8 +9,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tools.campaign.case import Case, Record, check, findings
+from tools.campaign.case import Case, check, findings
 from tools.campaign.grammar import Layer, Model
+from tools.forked import Record
 
 Failure = tuple[str, str, str]
 """A check, its status, and the kind of error or the code."""
@@ -18,8 +19,8 @@ Failure = tuple[str, str, str]
 
 def failures_of(record: Record) -> set[Failure]:
     """Return what failed in a record, without figures and messages."""
-    found = findings(record).items()
-    return {(name, each["status"], each.get("code") or each.get("error") or "") for name, each in found}
+    failed = findings(record).items()
+    return {(name, each["status"], each.get("code") or each.get("error") or "") for name, each in failed}
 
 
 def minimised(

@@ -139,11 +139,11 @@ def inputs_of(model: Model, built: nn.Module, sizes: tuple[int, int], seed: int 
         inputs = torch.randn(batch, model.vocabulary, 2 * length, 4, generator=generator).to(dtype)
     else:
         inputs = torch.randn(batch, length, model.vocabulary, generator=generator).to(dtype)
-    given = {"inputs": inputs}
+    call = {"inputs": inputs}
     if model.masked:
         positions = 2 * length if model.input == "image" else length
-        given["mask"] = torch.rand(batch, positions, generator=generator).to(dtype)
-    return given
+        call["mask"] = torch.rand(batch, positions, generator=generator).to(dtype)
+    return call
 
 
 def _library_inputs(
@@ -152,9 +152,9 @@ def _library_inputs(
     """Return ids with padding at the end of the first row, or images of the size that `graftc.testing.tiny` has."""
     if family == "vit":
         return {"pixel_values": torch.randn(sizes[0], 3, 32, 32, generator=generator).to(dtype)}
-    given = {"input_ids": torch.randint(5, VOCABULARY, sizes, generator=generator)}
-    given["attention_mask"] = torch.ones(sizes, dtype=torch.int64)
-    given["attention_mask"][0, -1] = 0
+    call = {"input_ids": torch.randint(5, VOCABULARY, sizes, generator=generator)}
+    call["attention_mask"] = torch.ones(sizes, dtype=torch.int64)
+    call["attention_mask"][0, -1] = 0
     if family == "t5":
-        given["decoder_input_ids"] = torch.randint(5, VOCABULARY, (sizes[0], sizes[1] - 1), generator=generator)
-    return given
+        call["decoder_input_ids"] = torch.randint(5, VOCABULARY, (sizes[0], sizes[1] - 1), generator=generator)
+    return call

@@ -122,8 +122,8 @@ def streamed_tensors(run: Run) -> Iterator[Comparison]:
 def partial(run: Run) -> Iterator[Comparison]:
     """Fold some adaptations, and compile the rest over the folded base."""
     names = [entry["name"] for entry in run.spec["adapt"]]
-    folding = [e["name"] for e in run.spec["adapt"] if method_specs()[e["method"]].claims.folds.value == "exact"]
-    only = [run.draw.choice(folding)] if len(names) > 1 and folding and run.draw.random() < 0.7 else None
+    foldable = folding(run.spec)
+    only = [run.draw.choice(foldable)] if len(names) > 1 and foldable and run.draw.random() < 0.7 else None
     result = run.compiled.merge_partially(only=only, allow_unchanged=True)
     assert result.certificate.passed
     yield from run.same("graph of a partial merge", _with(result.merged.eval()))
@@ -163,9 +163,8 @@ def onnx(run: Run) -> Iterator[Comparison]:
     compiled = graftc.compile(run.spec, single, dict(cast[0]), seed=run.seed, cache=False).eval()
     own = compiled.adapter_state_dict()
     compiled.load_adapter_state_dict({n: t.to(own[n].dtype) for n, t in run.compiled.adapter_state_dict().items()})
-    folds = all(method_specs()[e["method"]].claims.folds.value == "exact" for e in run.spec["adapt"])
     source: Any = compiled
-    if folds and run.draw.random() < 0.5:
+    if len(folding(run.spec)) == len(run.spec["adapt"]) and run.draw.random() < 0.5:
         source = compiled.merge(allow_unchanged=True)
     path = source.export(run.folder / "model.onnx", "onnx", dict(cast[0]))
     options = onnxruntime.SessionOptions()
@@ -214,10 +213,10 @@ def bank(run: Run) -> Iterator[Comparison]:
     spec = {**run.spec, "adapt": slots, "compose": {"bank": ["one", "two"]}}
     both = graftc.compile(spec, build(run.model), dict(run.calls[0][0]), seed=run.seed, cache=False).eval()
     perturb(both, 0.1, run.seed + 1)
-    mine = {
+    own = {
         n.replace(f"graftc.{entry['name']}.", "graftc.two."): t for n, t in run.compiled.adapter_state_dict().items()
     }
-    both.load_adapter_state_dict({**both.adapter_state_dict(), **mine})
+    both.load_adapter_state_dict({**both.adapter_state_dict(), **own})
     both.activate("two")
     yield from run.same("slot two", _with(both))
     inputs, expected = run.calls[0]
@@ -227,9 +226,9 @@ def bank(run: Run) -> Iterator[Comparison]:
         both.activate("one")
         mixed = leaves(both(**inputs, adapter_ids=numbers))
         other = leaves(both(**inputs))
-    for label, number, wanted in (("rows of slot two", 1, expected), ("rows of slot one", 0, other)):
+    for label, number, outputs in (("rows of slot two", 1, expected), ("rows of slot one", 0, other)):
         pairs = [
-            (a[numbers == number], b[numbers == number]) for a, b in zip(mixed, wanted, strict=True) if len(b) == rows
+            (a[numbers == number], b[numbers == number]) for a, b in zip(mixed, outputs, strict=True) if len(b) == rows
         ]
         yield Comparison(label, [a for a, _ in pairs], [b for _, b in pairs], run.tolerance)
 
@@ -249,8 +248,8 @@ def merge_checkpoint(run: Run) -> Iterator[Comparison]:
     compiled = graftc.compile(run.spec, source, dict(run.calls[0][0]), seed=run.seed, cache=False).eval()
     compiled.load_adapter_state_dict(run.compiled.adapter_state_dict())
     compiled.save(run.folder / "adapter", certify=False, base=str(base))
-    made = graftc.merge_checkpoint(run.folder / "adapter", base, out, allow_unchanged=True)
-    assert made.certificate.passed
+    merged = graftc.merge_checkpoint(run.folder / "adapter", base, out, allow_unchanged=True)
+    assert merged.certificate.passed
     with quiet_transformers():
         yield from run.same("transformers from the merged files", _with(_read(out)))
 
@@ -309,16 +308,16 @@ ROUTES: Mapping[str, Route] = {
 GENERATES = frozenset({"gpt2", "gpt_neox", "llama", "mixtral", "t5"})
 
 
+def folding(spec: Mapping[str, Any]) -> list[str]:
+    """Return the names of the adaptations whose methods fold exactly."""
+    return [e["name"] for e in spec["adapt"] if method_specs()[e["method"]].claims.folds.value == "exact"]
+
+
 def usable(model: Model, spec: Mapping[str, Any]) -> list[str]:
     """Return the routes that exist for a model and a spec."""
     names = set(ROUTES)
-    if model.family is None:
-        names -= {
-            "merge_checkpoint",
-            "partial",
-            "folder",
-            "peft_folder",
-        }  # a class without a config cannot be built again
+    if model.family is None:  # a class without a config cannot be built again
+        names -= {"merge_checkpoint", "partial", "folder", "peft_folder"}
     if model.family not in GENERATES:
         names -= {"cache"}
     methods = [entry["method"] for entry in spec["adapt"]]

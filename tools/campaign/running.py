@@ -5,24 +5,18 @@ Results are lines of JSON, each written as soon as its seed is done.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import multiprocessing
-import os
-import resource
-import signal
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tools.forked import Job, Record, confine, run_forked
+from tools.jsonl import append_line, read_lines
+from tools.sources import ROOT, digest_with
+
 RESULTS = ROOT / "build" / "campaign" / "results.jsonl"
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,11 +40,8 @@ _APART = ("__main__.py", "minimising.py", "running.py", "worker.py")
 
 def state() -> str:
     """Return a short hash of the sources that a result depends on: graftc's, and those of this package."""
-    total = hashlib.sha256()
     own = [path for path in Path(__file__).parent.glob("*.py") if path.name not in _APART]
-    for path in sorted([*(ROOT / "graftc").rglob("*.py"), *own]):
-        total.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return total.hexdigest()[:12]
+    return digest_with(sorted(own), 12)
 
 
 def stored(path: Path, key: str | None = None) -> dict[int, Record]:
@@ -60,19 +51,7 @@ def stored(path: Path, key: str | None = None) -> dict[int, Record]:
         path: the file; it may be missing.
         key: the state whose results count; None for any.
     """
-    results: dict[int, Record] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return results
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if key is None or record.get("state") == key:
-            results[record["seed"]] = record
-    return results
+    return {record["seed"]: record for record in read_lines(path) if key is None or record.get("state") == key}
 
 
 def outcome_of(record: Record) -> str:
@@ -104,15 +83,6 @@ def counts_of(records: Iterable[Record]) -> dict[str, Counter[str]]:
     return counts
 
 
-@dataclass
-class _Running:
-    seed: int
-    process: BaseProcess
-    receiver: Connection
-    started: float
-    record: Record = field(default_factory=dict)
-
-
 def run(
     seeds: Sequence[int],
     path: Path = RESULTS,
@@ -140,34 +110,24 @@ def run(
     """
     limits, key = limits or Limits(), state()
     results = {s: r for s, r in stored(path, None if any_state else key).items() if s in set(seeds)}
-    todo = [seed for seed in reversed(seeds) if seed not in results]
     if results:
         tell(f"{len(results)} of {len(seeds)} seeds are done")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
-    running: list[_Running] = []
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-                file.write("\n")
-            while todo or running:
-                while todo and len(running) < jobs:
-                    running.append(_start(context, todo.pop(), only, limits, work or _work))
-                wait([item.receiver for item in running], timeout=1.0)
-                for item in list(running):
-                    if not _finished(item, limits):
-                        continue
-                    running.remove(item)
-                    record = {**item.record, "seconds": round(time.monotonic() - item.started, 1), "state": key}
-                    file.write(json.dumps(record) + "\n")
-                    file.flush()
-                    results[item.seed] = record
-                    tell(line(record))
-    finally:
-        for item in running:
-            item.process.kill()
-            item.process.join()
+    forked = run_forked(
+        [seed for seed in seeds if seed not in results],
+        _confined,
+        [only, limits, work or _work],
+        first=lambda seed: {"seed": seed, "checks": {}},
+        died=_died,
+        late=lambda job: _late(job, limits),
+        jobs=jobs,
+        preload=preload,
+    )
+    with closing(forked):
+        for job, outcome in forked:
+            record = {**outcome, "seconds": round(job.seconds, 1), "state": key}
+            append_line(path, record)
+            results[job.item] = record
+            tell(line(record))
     return {seed: results[seed] for seed in seeds}
 
 
@@ -185,44 +145,24 @@ def _work(sender: Connection, seed: int, only: str | None, limits: Limits) -> No
     work(sender, seed, only, limits.minimising)
 
 
-def _limited(sender: Connection, seed: int, only: str | None, limits: Limits, work: Callable[..., None]) -> None:
-    resource.setrlimit(resource.RLIMIT_DATA, (limits.memory, limits.memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 1)
-    os.dup2(silent, 2)
+def _confined(sender: Connection, seed: int, only: str | None, limits: Limits, work: Callable[..., None]) -> None:
+    confine(limits.memory)
     work(sender, seed, only, limits)
 
 
-def _start(context: Any, seed: int, only: str | None, limits: Limits, work: Callable[..., None]) -> _Running:
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_limited, args=(sender, seed, only, limits, work), daemon=True)
-    process.start()
-    sender.close()
-    return _Running(seed, process, receiver, time.monotonic(), {"seed": seed, "checks": {}})
+def _died(job: Job[int]) -> Record:
+    """Return the record of a process that ended early; what it had found before counts."""
+    if job.record.get("findings"):
+        return job.record
+    message = f"the process ended with {job.ending}"
+    return job.record | {"outcome": "died", "findings": {"process": {"message": message}}}
 
 
-def _finished(item: _Running, limits: Limits) -> bool:
-    """Receive what a process has sent; return whether it is done, out of time, or dead."""
-    try:
-        while item.receiver.poll():
-            item.record = item.receiver.recv()
-            if item.record.pop("done", False):
-                item.process.join(timeout=5)
-                return True
-    except (EOFError, OSError):
-        item.process.join(timeout=10)
-        code = item.process.exitcode
-        if not item.record.get("findings"):
-            name = signal.Signals(-code).name if code is not None and code < 0 else f"exit {code}"
-            item.record |= {"outcome": "died", "findings": {"process": {"message": f"the process ended with {name}"}}}
-        return True
-    allowed = limits.seconds + (limits.minimising + limits.seconds if item.record.get("findings") else 0)
-    if time.monotonic() - item.started <= allowed:
-        return False
-    item.process.kill()
-    item.process.join()
-    if not item.record.get("findings"):
-        message = f"takes longer than {limits.seconds:.0f} s at {item.record.get('step', 'compiling')}"
-        item.record |= {"outcome": "timeout", "findings": {"time": {"message": message}}}
-    return True
+def _late(job: Job[int], limits: Limits) -> Record | None:
+    """Return the record of a seed that has had its time; one that reduces what it has found has more."""
+    if job.record.get("findings"):
+        return job.record if job.seconds > 2 * limits.seconds + limits.minimising else None
+    if job.seconds <= limits.seconds:
+        return None
+    message = f"takes longer than {limits.seconds:.0f} s at {job.record.get('step', 'compiling')}"
+    return job.record | {"outcome": "timeout", "findings": {"time": {"message": message}}}

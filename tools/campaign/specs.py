@@ -32,27 +32,27 @@ class Place:
 
 def places_of(built: nn.Module) -> list[Place]:
     """Return the places of a module that this campaign adapts by name, found by the classes of its children."""
-    found = []
+    places = []
     for path, module in built.named_modules():
         if isinstance(module, nn.Linear):
-            found.append(Place(path, SiteKind.LINEAR, module.out_features, module.in_features))
+            places.append(Place(path, SiteKind.LINEAR, module.out_features, module.in_features))
         elif isinstance(module, Conv1D):
-            found.append(Place(path, SiteKind.LINEAR, module.weight.shape[1], module.weight.shape[0]))
+            places.append(Place(path, SiteKind.LINEAR, module.weight.shape[1], module.weight.shape[0]))
         elif isinstance(module, nn.Conv1d | nn.Conv2d):
-            found.append(Place(path, SiteKind.LINEAR, module.out_channels, module.weight[0].numel(), True))
+            places.append(Place(path, SiteKind.LINEAR, module.out_channels, module.weight[0].numel(), True))
         elif isinstance(module, nn.Embedding):
-            found.append(Place(path, SiteKind.EMBEDDING, module.embedding_dim, module.num_embeddings))
+            places.append(Place(path, SiteKind.EMBEDDING, module.embedding_dim, module.num_embeddings))
         elif isinstance(module, Part) and module.stacked:
             side = math.gcd(*module.get_parameter("up").shape[1:])  # of both stacks, whose sides are exchanged
-            found.append(Place(path, SiteKind.EXPERTS, side, side))
+            places.append(Place(path, SiteKind.EXPERTS, side, side))
         elif type(module).__name__.endswith("Norm") and hasattr(module, "weight"):
-            found.append(Place(path, SiteKind.NORM))
-    return found
+            places.append(Place(path, SiteKind.NORM))
+    return places
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the places of one adaptation have in common.
+    """Sizes that suit all places of one adaptation.
 
     Attributes:
         least: the smallest side of all maps.
@@ -128,15 +128,9 @@ def _miss(draw: random.Random, sizes: Sizes) -> Mapping[str, Any] | None:
 
 def _boft(draw: random.Random, sizes: Sizes) -> Mapping[str, Any] | None:
     usable = [n for n in _divisors(sizes.columns) if n % 2 == 0 and (sizes.columns // n) % 2 == 0]
-    factors = draw.choice((1, 2)) if usable else 1
-    return (
-        _blocks("block_size", lambda s: s.columns)(draw, sizes)
-        if factors == 1
-        else {
-            "block_size": draw.choice(usable),
-            "factors": 2,
-        }
-    )
+    if usable and draw.choice((1, 2)) == 2:
+        return {"block_size": draw.choice(usable), "factors": 2}
+    return _blocks("block_size", lambda s: s.columns)(draw, sizes)
 
 
 def _bottleneck(draw: random.Random, sizes: Sizes) -> Mapping[str, Any]:
@@ -227,9 +221,9 @@ def draw_spec(seed: int, model: Model, built: nn.Module) -> Spec:
     places = places_of(built)
     attending = _attending(model)
     adapt: list[Spec] = []
-    wanted = draw.choice((1, 1, 1, 2, 2, 3))
+    count = draw.choice((1, 1, 1, 2, 2, 3))
     for _ in range(30):
-        if len(adapt) == wanted:
+        if len(adapt) == count:
             break
         entry = _adaptation(draw, model, places, attending, named=f"a{len(adapt)}")
         if entry is not None and not (adapt and _stacks_badly(adapt, entry)):

@@ -7,45 +7,26 @@ from __future__ import annotations
 
 import importlib
 import os
-import pkgutil
 from multiprocessing.connection import Connection
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRAFTC_CACHE"] = "off"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import torch
-import transformers
-
-import graftc
-from tools.campaign.case import Record, check, draw_case, findings
+from tools.campaign.case import check, draw_case, findings
 from tools.campaign.minimising import failures_of, minimised, script
+from tools.forked import Record, finish
+from tools.warm import warm_up
 
-torch.set_num_threads(1)
-transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
-# All modules are imported at once, so that a run tests one state of the sources even if they are edited meanwhile.
-for _found in pkgutil.walk_packages(graftc.__path__, "graftc."):
-    if not _found.name.startswith(("graftc.__main__", "graftc.runtime.serving.drivers")):
-        importlib.import_module(_found.name)
+warm_up("graftc.runtime.serving.drivers")
 for _name in ("onnxruntime", "onnxscript", "torch.onnx._internal.exporter._core", "tools.campaign.routes"):
     importlib.import_module(_name)
 for _family in ("bert", "roberta", "gpt2", "gpt_neox", "llama", "mixtral", "t5", "vit"):
     importlib.import_module(f"transformers.models.{_family}.modeling_{_family}")
 
 
-def _warm() -> None:
-    """Import the modules that torch and transformers only import at the first capture."""
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    graftc.roles(model, {"input": torch.ones(2, 4)}, cache=False)
-    importlib.import_module("transformers.exporters.exporter_dynamo")
-
-
-_warm()
-
-
 def work(sender: Connection, seed: int, only: str | None, minimising: float) -> None:
-    """Run the case of a seed, reduce what fails, and send records; the last has ``done``.
+    """Run the case of a seed, reduce what fails, and send records.
 
     Args:
         sender: the connection to send to.
@@ -64,5 +45,4 @@ def work(sender: Connection, seed: int, only: str | None, minimising: float) -> 
             smallest = minimised(case, failure, seconds=minimising / 2)
             record.setdefault("scripts", {})[failure[0]] = script(smallest)
             sender.send(record)
-    sender.send({**record, "done": True})
-    sender.close()
+    finish(sender, record)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tools.coverage.catalogue import entries
 from tools.coverage.page import write_page
-from tools.coverage.run import ROOT, SECONDS, WORK, Kept, Limits, examine_all, state, versions
+from tools.coverage.run import SECONDS, WORK, Kept, Limits, examine_all, state, versions
+from tools.sources import ROOT
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import signal
-import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from tools.coverage.catalogue import Entry
+from tools.forked import Job, Record, run_forked
+from tools.sources import ROOT, digest_with
 
-ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "coverage"
 MEMORY = 6 << 30
 SECONDS = 300
@@ -42,8 +39,6 @@ SOURCES = (
 LIBRARIES = ("diffusers", "timm", "torch", "torchvision", "transformers")
 """The packages that records depend on, apart from graftc."""
 
-Record = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -62,11 +57,7 @@ def versions() -> dict[str, str]:
 
 def digest() -> str:
     """Return a short hash of graftc's sources and of the code that examines."""
-    total = hashlib.sha256()
-    sources = [ROOT / "tools" / "coverage" / f"{name}.py" for name in SOURCES]
-    for path in [*sorted((ROOT / "graftc").rglob("*.py")), *sources]:
-        total.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return total.hexdigest()[:16]
+    return digest_with([ROOT / "tools" / "coverage" / f"{name}.py" for name in SOURCES], 16)
 
 
 @dataclass
@@ -116,15 +107,6 @@ def state() -> str:
     return f"{digest()} " + " ".join(f"{name} {number}" for name, number in sorted(versions().items()))
 
 
-@dataclass
-class _Running:
-    entry: Entry
-    process: BaseProcess
-    receiver: Connection
-    started: float
-    record: Record
-
-
 def examine_all(
     entries: Sequence[Entry],
     kept: Kept,
@@ -143,29 +125,25 @@ def examine_all(
         tell: called with one line per entry.
     """
     records = {e.name: record for e in entries if (record := kept.read(e)) is not None}
-    todo = [e for e in reversed(entries) if e.name not in records]
+    todo = [e for e in entries if e.name not in records]
     if records:
         tell(f"{len(records)} of {len(entries)} kept from before")
-    total, limits = len(todo), limits or Limits()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tools.coverage.run", "tools.coverage.worker"])
-    running: list[_Running] = []
-    try:
-        while todo or running:
-            while todo and len(running) < jobs:
-                running.append(_start(context, todo.pop(), limits))
-            wait([r.receiver for r in running], timeout=1.0)
-            for item in list(running):
-                record = _outcome(item, limits)
-                if record is not None:
-                    running.remove(item)
-                    kept.write(item.entry, record)
-                    records[item.entry.name] = record
-                    done = total - len(todo) - len(running)
-                    tell(f"[{done}/{total}] {line(record)}")
-    finally:
-        for item in running:
-            _stop(item.process)
+    limits = limits or Limits()
+    forked = run_forked(
+        todo,
+        _work,
+        [limits],
+        first=Entry.facts,
+        died=lambda job: _died(job, _death(job, limits)),
+        late=lambda job: _late(job, limits),
+        jobs=jobs,
+        preload=("tools.coverage.run", "tools.coverage.worker"),
+    )
+    with closing(forked):
+        for done, (job, record) in enumerate(forked, 1):
+            kept.write(job.item, record)
+            records[job.item.name] = record
+            tell(f"[{done}/{len(todo)}] {line(record)}")
     return {e.name: records[e.name] for e in entries}
 
 
@@ -190,48 +168,19 @@ def _work(sender: Connection, entry: Entry, limits: Limits) -> None:
     work(sender, entry, limits.memory, limits.seconds)
 
 
-def _start(context: Any, entry: Entry, limits: Limits) -> _Running:
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, entry, limits), daemon=True)
-    process.start()
-    sender.close()
-    return _Running(entry, process, receiver, time.monotonic(), entry.facts())
+def _late(job: Job[Entry], limits: Limits) -> Record | None:
+    return _died(job, f"takes longer than {limits.patience} s") if job.seconds > limits.patience else None
 
 
-def _outcome(item: _Running, limits: Limits) -> Record | None:
-    """Return the record of a finished entry, or the partial one if its process died; None while it runs."""
-    try:
-        while item.receiver.poll():
-            item.record = item.receiver.recv()
-            if item.record.pop("_done", False):
-                _stop(item.process)
-                return item.record
-    except (EOFError, OSError):
-        item.process.join(timeout=30)
-        return _died(item, _death(item.process, limits))
-    if time.monotonic() - item.started > limits.patience:
-        _stop(item.process)
-        return _died(item, f"takes longer than {limits.patience} s")
-    return None
-
-
-def _death(process: BaseProcess, limits: Limits) -> str:
-    code = process.exitcode
-    if code in (-signal.SIGXCPU, -signal.SIGKILL):
+def _death(job: Job[Entry], limits: Limits) -> str:
+    if job.process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
         return f"takes longer than {limits.seconds} s of CPU time"
-    return f"the process dies ({signal.Signals(-code).name if code is not None and code < 0 else f'exit {code}'})"
+    return f"the process dies ({job.ending})"
 
 
-def _died(item: _Running, reason: str) -> Record:
-    record = dict(item.record)
+def _died(job: Job[Entry], reason: str) -> Record:
+    record = dict(job.record)
     step = record.pop("_step", "building it")
     if record.get("captured"):
         record["folds"] = False
     return record | {"reason": f"{step} {reason}", "_died": True}
-
-
-def _stop(process: BaseProcess) -> None:
-    process.join(timeout=2)
-    if process.is_alive():
-        process.kill()
-        process.join()

@@ -1,4 +1,4 @@
-"""Whether tests notice small changes of the code they cover: ``python -m tools.mutants``.
+"""Mutation testing, changing code that tests cover to see whether they fail: ``python -m tools.mutants``.
 
 Neither library fits: mutmut puts all variants of a function behind a trampoline, which graphs traced from source would
 see, and cosmic-ray changes the working tree, runs one command for all files and knows no covered lines; neither draws a

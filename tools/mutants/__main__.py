@@ -19,7 +19,7 @@ from tools.mutants.trial import SECONDS, Outcome, Results, failing_without, trie
 
 EQUIVALENT = Path(__file__).with_name("equivalent.json")
 ALLOWED = 3
-"""How many of 60 mutants may survive without being equivalent."""
+"""The number of mutants of 60 that may survive without being equivalent."""
 
 
 def main(

@@ -26,8 +26,8 @@ class Area:
 
     def files(self, root: Path) -> list[str]:
         """Return the paths of its files, relative to the root, sorted; packages' ``__init__`` are left out."""
-        found = {path.relative_to(root).as_posix() for pattern in self.sources for path in root.glob(pattern)}
-        return sorted(path for path in found if not path.endswith("__init__.py"))
+        paths = {path.relative_to(root).as_posix() for pattern in self.sources for path in root.glob(pattern)}
+        return sorted(path for path in paths if not path.endswith("__init__.py"))
 
 
 AREAS = (
@@ -98,10 +98,15 @@ AREAS = (
 )
 
 
+def file_of(test: str) -> str:
+    """Return the file of a test, given its id."""
+    return test.partition("::")[0]
+
+
 def files_of_tests(root: Path, places: Iterable[str]) -> list[str]:
     """Return the test files at these places, relative to the root, sorted."""
-    found: set[Path] = set()
+    files: set[Path] = set()
     for place in places:
         path = root / place
-        found |= set(path.rglob("test_*.py")) if path.is_dir() else {path}
-    return sorted(path.relative_to(root).as_posix() for path in found if path.is_file())
+        files |= set(path.rglob("test_*.py")) if path.is_dir() else {path}
+    return sorted(path.relative_to(root).as_posix() for path in files if path.is_file())

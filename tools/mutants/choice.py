@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.mutants.areas import Area
+from tools.mutants.areas import Area, file_of
 from tools.mutants.covered import Coverage
 from tools.mutants.mutations import Mutation, mutations
 
@@ -61,15 +61,15 @@ def mutants(root: Path, areas: Sequence[Area], coverage: Coverage, seed: int, co
         count: how many mutants, fewer if there are not as many.
     """
     streams = [_of_area(root, area, coverage, seed) for area in areas]
-    found: list[Mutant] = []
-    while streams and len(found) < count:
+    chosen: list[Mutant] = []
+    while streams and len(chosen) < count:
         for stream in list(streams):
             one = next(stream, None)
             if one is None:
                 streams.remove(stream)
-            elif len(found) < count:
-                found.append(Mutant(len(found), *one))
-    return found
+            elif len(chosen) < count:
+                chosen.append(Mutant(len(chosen), *one))
+    return chosen
 
 
 def _of_area(root: Path, area: Area, coverage: Coverage, seed: int) -> Iterator[tuple[str, str, Mutation, str]]:
@@ -77,9 +77,9 @@ def _of_area(root: Path, area: Area, coverage: Coverage, seed: int) -> Iterator[
     order = sorted(texts, key=lambda path: _rank(seed, path))
     left = [(path, _candidates(path, texts[path], coverage, seed)) for path in order]
     while left:
-        left = [(path, found) for path, found in left if found]
-        for path, found in left:
-            one = found.pop(0)
+        left = [(path, candidates) for path, candidates in left if candidates]
+        for path, candidates in left:
+            one = candidates.pop(0)
             if one.compiles(texts[path]):
                 yield area.name, path, one, texts[path]
 
@@ -92,9 +92,9 @@ def _candidates(path: str, text: str, coverage: Coverage, seed: int) -> list[Mut
         if one.line in lines:
             by_kind.setdefault(one.kind, []).append(one)
     rounds: list[tuple[int, str, Mutation]] = []
-    for kind, found in by_kind.items():
-        found.sort(key=lambda one: _rank(seed, path, str(one.start), one.old, one.new))
-        rounds += [(place, _rank(seed, path, kind), one) for place, one in enumerate(found)]
+    for kind, changes in by_kind.items():
+        changes.sort(key=lambda one: _rank(seed, path, str(one.start), one.old, one.new))
+        rounds += [(place, _rank(seed, path, kind), one) for place, one in enumerate(changes)]
     return [one for _, _, one in sorted(rounds, key=lambda entry: entry[:2])]
 
 
@@ -116,26 +116,22 @@ def chosen_tests(mutant: Mutant, coverage: Coverage, tests: Sequence[str], secon
         seconds: the time.
     """
     covering = coverage.lines.get(mutant.path, {}).get(mutant.mutation.line, set())
-    files = {_file(test) for test in covering}
+    files = {file_of(test) for test in covering}
     name = Path(mutant.path).stem
     groups = [
         covering,
-        {test for test in coverage.seconds if _file(test) in files and test not in covering},
-        {test for test in coverage.seconds if _file(test) in tests and _file(test) not in files},
+        {test for test in coverage.seconds if file_of(test) in files and test not in covering},
+        {test for test in coverage.seconds if file_of(test) in tests and file_of(test) not in files},
     ]
     chosen: list[tuple[str, float]] = []
     for group in groups:
         by_file: dict[str, list[tuple[str, float]]] = {}
         for test, took in coverage.seconds.items():
             if test in group:
-                by_file.setdefault(_file(test), []).append((test, took))
+                by_file.setdefault(file_of(test), []).append((test, took))
         for file in sorted(by_file, key=lambda file: (name not in file, sum(took for _, took in by_file[file]))):
             for test, took in by_file[file]:
                 if took <= seconds:
                     chosen.append((test, took))
                     seconds -= took
     return chosen
-
-
-def _file(test: str) -> str:
-    return test.partition("::")[0]

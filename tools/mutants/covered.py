@@ -1,4 +1,4 @@
-"""Which tests run which lines, by coverage.py, kept for each test file under ``build``."""
+"""A map from lines to the tests that run them, measured by coverage.py and stored for each test file."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.mutants.areas import Area, files_of_tests
+from tools.jsonl import read_lines
+from tools.mutants.areas import Area, file_of, files_of_tests
 from tools.mutants.recording import TIMES
 from tools.mutants.tree import Tree
 
@@ -41,7 +42,7 @@ def digest(path: Path) -> str:
 
 
 class Map:
-    """What is known about the tests of a tree, a JSON file for each file of tests.
+    """The map of a tree's lines and tests, one JSON file for each test file.
 
     An entry is out of date if the test file has changed, or a source of which it has lines. Other changes, such as of
     what tests import, count once ``build/mutants/map`` is removed.
@@ -121,7 +122,7 @@ class Map:
         """Write an entry for each of these test files from what one run of them has left."""
         seconds, lines = _seconds(times), _lines(data, self.tree.folder)
         for path in paths:
-            own = {test: took for test, took in seconds.items() if test.partition("::")[0] == path}
+            own = {test: took for test, took in seconds.items() if file_of(test) == path}
             of_path: dict[str, dict[str, list[str]]] = defaultdict(dict)
             for source, by_line in lines.items():
                 for line, tests in by_line.items():
@@ -134,23 +135,9 @@ class Map:
             os.replace(partial, self._file(path, marks))
 
 
-def read_lines(path: Path) -> Iterator[Mapping[str, object]]:
-    """Yield the objects of a JSON Lines file; a last line that was cut off is left out."""
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
-
-
 def _seconds(times: Path) -> dict[str, float]:
     """Return the seconds of the tests that passed, in the order of the run."""
-    found: dict[str, float] = {}
-    for line in read_lines(times):
-        if line.get("outcome") == "passed":
-            found[str(line["test"])] = float(str(line["seconds"]))
-    return found
+    return {line["test"]: line["seconds"] for line in read_lines(times) if line.get("outcome") == "passed"}
 
 
 def _lines(data: Path, root: Path) -> dict[str, dict[int, list[str]]]:
@@ -159,9 +146,9 @@ def _lines(data: Path, root: Path) -> dict[str, dict[int, list[str]]]:
     measured = CoverageData(basename=str(data))
     if data.is_file():
         measured.read()
-    found: dict[str, dict[int, list[str]]] = {}
+    contexts: dict[str, dict[int, list[str]]] = {}
     for name in measured.measured_files():
         path = Path(name)
         path = path.relative_to(root.resolve()) if path.is_absolute() else path
-        found[path.as_posix()] = measured.contexts_by_lineno(name)
-    return found
+        contexts[path.as_posix()] = measured.contexts_by_lineno(name)
+    return contexts

@@ -107,8 +107,8 @@ def mutations(text: str) -> list[Mutation]:
     """
     finder = _Finder(text)
     finder.visit(ast.parse(text))
-    found = {(one.start, one.end, one.new): one for one in finder.found if one.old != one.new}
-    return [found[place] for place in sorted(found)]
+    changes = {(one.start, one.end, one.new): one for one in finder.mutations if one.old != one.new}
+    return [changes[place] for place in sorted(changes)]
 
 
 class _Finder(ast.NodeVisitor):
@@ -116,7 +116,7 @@ class _Finder(ast.NodeVisitor):
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.found: list[Mutation] = []
+        self.mutations: list[Mutation] = []
         self.scopes: list[str] = []
 
     @cached_property
@@ -143,7 +143,7 @@ class _Finder(ast.NodeVisitor):
 
     def add(self, kind: str, start: int, end: int, new: str) -> None:
         line = self.text.count("\n", 0, start) + 1
-        self.found.append(Mutation(kind, ".".join(self.scopes), line, start, end, self.text[start:end], new))
+        self.mutations.append(Mutation(kind, ".".join(self.scopes), line, start, end, self.text[start:end], new))
 
     def replace(self, kind: str, node: ast.expr | ast.stmt, new: str) -> None:
         self.add(kind, *self.span(node), new)
@@ -153,11 +153,11 @@ class _Finder(ast.NodeVisitor):
     ) -> None:
         """Replace the operator between two operands."""
         start, end = self.span(left)[1], self.span(right)[0]
-        gap = "".join(re.sub(r"#.*", lambda found: " " * len(found[0]), self.text[start:end]))
-        found = pattern.search(gap)
-        operator = " ".join(found[0].split()) if found else ""
-        if found and operator in new:
-            self.add(kind, start + found.start(), start + found.end(), new[operator])
+        gap = "".join(re.sub(r"#.*", lambda comment: " " * len(comment[0]), self.text[start:end]))
+        match = pattern.search(gap)
+        operator = " ".join(match[0].split()) if match else ""
+        if match and operator in new:
+            self.add(kind, start + match.start(), start + match.end(), new[operator])
 
     def visit_all(self, *nodes: ast.AST | None) -> None:
         for node in nodes:

@@ -27,8 +27,8 @@ class Tree:
 
     def update(self) -> None:
         """Make the copy equal to the folder it is of: files that git has or would add, or all if there is no git."""
-        wanted = self._wanted()
-        for path in wanted:
+        names = self._names()
+        for path in names:
             source, copy = self.root / path, self.folder / path
             data = source.read_bytes()
             if not copy.is_file() or copy.read_bytes() != data:
@@ -38,14 +38,14 @@ class Tree:
                     _compile(copy)
         for copy in list(self.folder.rglob("*")):
             inside = copy.relative_to(self.folder)
-            if copy.is_file() and not _WITHOUT.intersection(inside.parts) and inside.as_posix() not in wanted:
+            if copy.is_file() and not _WITHOUT.intersection(inside.parts) and inside.as_posix() not in names:
                 copy.unlink()
 
-    def _wanted(self) -> set[str]:
+    def _names(self) -> set[str]:
         if (self.root / ".git").exists():
             command = ["git", "-C", str(self.root), "ls-files", "-coz", "--exclude-standard"]
-            names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
-            return {name for name in names if name and (self.root / name).is_file()}
+            listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+            return {name for name in listed if name and (self.root / name).is_file()}
         inside = ((path, path.relative_to(self.root)) for path in self.root.rglob("*"))
         return {path.as_posix() for full, path in inside if full.is_file() and not _WITHOUT.intersection(path.parts)}
 

@@ -1,4 +1,4 @@
-"""Run tests against mutants, and keep what became of each."""
+"""Run tests against mutants, and store the outcomes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from tools.jsonl import append_line, read_lines
+from tools.mutants.areas import file_of
 from tools.mutants.choice import Mutant
-from tools.mutants.covered import read_lines
 from tools.mutants.recording import CHOSEN, TIMES, UNTIL
 from tools.mutants.tree import Tree
 
 SECONDS = 180.0
-"""What a mutant may take."""
+"""The time limit of a mutant, in seconds."""
 FIRST = 4
 """Files of tests that run before the others are even collected, which takes longer than most tests."""
 LONG = 20.0
@@ -32,7 +33,7 @@ MEMORY = 16 << 30
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant.
+    """The outcome of running tests against a mutant.
 
     Attributes:
         key: the digest of the mutant and its file, `Mutant.trial`.
@@ -62,21 +63,17 @@ class Results:
 
     def read(self) -> dict[str, Outcome]:
         """Return the outcomes by the mutants' digests; a line that a killed run has cut off is left out."""
-        found = {}
+        outcomes = {}
         for line in read_lines(self.path):
-            fields = {name: line[name] for name in Outcome.__dataclass_fields__}
-            found[str(line["key"])] = Outcome(**fields)  # type: ignore[arg-type]
-        return found
+            outcomes[line["key"]] = Outcome(**{name: line[name] for name in Outcome.__dataclass_fields__})
+        return outcomes
 
     def add(self, mutant: Mutant, outcome: Outcome) -> None:
         """Append an outcome, with the place and the lines of the mutant for people who read the file."""
         before, after = mutant.mutation.lines(mutant.text)
         place = {"number": mutant.number, "area": mutant.area, "path": mutant.path, "line": mutant.mutation.line}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        cut = self.path.is_file() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size
-        with self.path.open("a", encoding="utf-8") as file:
-            line = {**asdict(outcome), **place, "kind": mutant.mutation.kind, "before": before, "after": after}
-            file.write("\n" * bool(cut) + json.dumps(line) + "\n")
+        kind = mutant.mutation.kind
+        append_line(self.path, {**asdict(outcome), **place, "kind": kind, "before": before, "after": after})
 
 
 def tried(tree: Tree, mutant: Mutant, tests: Sequence[tuple[str, float]], limit: float = SECONDS) -> Outcome:
@@ -88,8 +85,8 @@ def tried(tree: Tree, mutant: Mutant, tests: Sequence[tuple[str, float]], limit:
         tests: the ids of tests with the seconds each takes, in their order.
         limit: seconds.
     """
-    files = list(dict.fromkeys(map(file_of, tests)))
-    first = [test for test in tests if file_of(test) in files[:FIRST]]
+    files = list(dict.fromkeys(file_of(test) for test, _ in tests))
+    first = [test for test in tests if file_of(test[0]) in files[:FIRST]]
     outcome, ran, begun = Outcome(mutant.trial, "survived", "", 0.0, 0), 0, time.time()
     with tree.changed(mutant.path, mutant.mutation.applied(mutant.text)):
         for part in (first, [test for test in tests if test not in first]):
@@ -98,11 +95,6 @@ def tried(tree: Tree, mutant: Mutant, tests: Sequence[tuple[str, float]], limit:
                 outcome = _run(tree, mutant.trial, part, left)
                 ran += outcome.ran
     return replace(outcome, seconds=round(time.time() - begun, 1), ran=ran)
-
-
-def file_of(test: tuple[str, float]) -> str:
-    """Return the file of a test that is given by its id and its seconds."""
-    return test[0].partition("::")[0]
 
 
 def failing_without(tree: Tree, tests: Iterable[tuple[str, float]], limit: float = 3600.0) -> str:
@@ -119,7 +111,7 @@ def _run(tree: Tree, key: str, tests: Sequence[tuple[str, float]], limit: float)
     with tempfile.TemporaryDirectory() as folder:
         chosen, times = Path(folder, "chosen.json"), Path(folder, "times.jsonl")
         chosen.write_text(json.dumps(tests), encoding="utf-8")
-        files = list(dict.fromkeys(map(file_of, tests)))
+        files = list(dict.fromkeys(file_of(test) for test, _ in tests))
         plugin = ["-p", "tools.mutants.recording", "-p", "no:cacheprovider"]
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-x", "-q", *plugin, *files],
@@ -132,10 +124,10 @@ def _run(tree: Tree, key: str, tests: Sequence[tuple[str, float]], limit: float)
             preexec_fn=_bounded,
         )
         try:
-            said, _ = process.communicate(timeout=limit)
+            output, _ = process.communicate(timeout=limit)
             ended = False
         except subprocess.TimeoutExpired:
-            said, ended = "", True
+            output, ended = "", True
         finally:
             _end(process)
         seconds = round(time.time() - begun, 1)
@@ -149,10 +141,10 @@ def _run(tree: Tree, key: str, tests: Sequence[tuple[str, float]], limit: float)
     if process.returncode == 0:
         return Outcome(key, "survived", "", seconds, len(done))
     running = str(lines[-1]["test"]) if lines and "outcome" not in lines[-1] else ""  # the process ended within a test
-    failed = running or next((file for file in files if f"ERROR {file}" in said), "")
-    if failed or "ImportError while loading conftest" in said:
+    failed = running or next((file for file in files if f"ERROR {file}" in output), "")
+    if failed or "ImportError while loading conftest" in output:
         return Outcome(key, "caught", failed or "tests/conftest.py", seconds, len(done))
-    return Outcome(key, "invalid", said[-500:], seconds, len(done))
+    return Outcome(key, "invalid", output[-500:], seconds, len(done))
 
 
 def _of_time(

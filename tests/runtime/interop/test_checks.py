@@ -1,4 +1,4 @@
-"""What errors about PEFT's folders list."""
+"""The lists in errors about PEFT's folders."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def test_an_error_lists_at_most_fifty_tensors(count: int, listed: int) -> None:
     config = SimpleNamespace(peft_type="LORA")
     adapter: Any = SimpleNamespace(copies=dict(zip(names, names, strict=True)), config=config, place=Place())
     error = refused(check_copies, adapter, {}, lambda name: None)
-    said = [name for name in names if name in error.message or name in error.details]
-    assert error.code == "GC113" and said == names[:listed]
-    assert all((name in error.message) is (place < 5) for place, name in enumerate(said))
+    shown = [name for name in names if name in error.message or name in error.details]
+    assert error.code == "GC113" and shown == names[:listed]
+    assert all((name in error.message) is (place < 5) for place, name in enumerate(shown))
