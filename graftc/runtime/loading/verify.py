@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from graftc.passes.core.ir.program import Program
 from graftc.records.certificate import Certificate
 from graftc.records.verification import Check
 from graftc.runtime.artifact.manifest import MANIFEST
-from graftc.runtime.artifact.origin import are_installed
+from graftc.runtime.artifact.origin import are_installed, code_digest
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.artifact.read import Artifact, open_artifact, open_merged
 from graftc.runtime.artifact.records import read_merged_record
@@ -219,14 +219,19 @@ def _certificate(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, s
             False,
             f"stated not to fold: {', '.join(stays) or 'none'}; not folding now: {', '.join(unfolded) or 'none'}",
         )
-    if stays != unfolded:
-        name = next(name for name in stays if stays[name] != unfolded[name])
-        return _unless_other_versions(artifact, f"{name} is stated not to fold because {stays[name]}: {unfolded[name]}")
+    reworded = next((name for name in stays if stays[name] != unfolded[name]), None)
+    writer = artifact.manifest.versions
+    if reworded is not None and are_installed(writer) and writer.code == code_digest():
+        return False, f"{reworded} is stated not to fold because {stays[reworded]}: {unfolded[reworded]}"
+    # Another graftc may say the same in other words: both are shown, and nothing rests on the stated reason.
+    note = f"; {reworded}: {unfolded[reworded]} (stated: {stays[reworded]})" if reworded is not None else ""
     if kept is None:
-        return (None, "nothing folds, as stated") if certificate is None else (False, "the certificate is missing")
+        return (
+            (None, f"nothing folds, as stated{note}") if certificate is None else (False, "the certificate is missing")
+        )
     if certificate is None:
         return False, "nothing folds now"
-    other = _disagreement(kept, certificate)
+    other = _disagreement(artifact, kept, certificate)
     if other is not None:
         return False, other
     if not certificate.passed:
@@ -234,19 +239,27 @@ def _certificate(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, s
     worst = max((site.algebra for site in certificate.sites), default=0.0)
     return True, (
         f"{counted(len(certificate.sites))} within {worst:.1e} in float64, outputs within "
-        f"{certificate.largest_difference:.1e} (budget {certificate.budget:.1e})"
+        f"{certificate.largest_difference:.1e} (budget {certificate.budget:.1e}){note}"
     )
 
 
-def _disagreement(kept: Certificate, certificate: Certificate) -> str | None:
+def _disagreement(artifact: Artifact, kept: Certificate, certificate: Certificate) -> str | None:
     """Return the first difference from the stored certificate, apart from measured values, which vary by machine."""
     before, now = kept.to_json(), certificate.to_json()
     for key in ("passed", "base_structure", "structure", "additions", "dtype", "fingerprint"):
         if before[key] != now[key]:
             return f"the stored certificate has a different {key}: {before[key]}, not {now[key]}"
-    if [s.site for s in kept.sites] != [s.site for s in certificate.sites]:
+    stored, sites = [s.site for s in kept.sites], [s.site for s in certificate.sites]
+    if stored != sites and (artifact.manifest.versions.code or stored != _by_weight(sites, artifact)):
         return "the stored certificate covers different sites"
     return None
+
+
+def _by_weight(sites: Sequence[str], artifact: Artifact) -> list[str]:
+    """Name each bias that folds with its weight by that weight, as certificates did before manifests named the code."""
+    places = {(place.module, place.name) for place in artifact.manifest.sites}
+    biases = {f"{module}.bias": f"{module}.weight" for module, name in places if name == "weight"}
+    return [site if tuple(site.rsplit(".", 1)) in places else biases.get(site, site) for site in sites]
 
 
 def _verify_merged(folder: Path, where: str) -> Verification:

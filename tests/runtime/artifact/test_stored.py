@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 import graftc
@@ -10,6 +14,7 @@ from graftc.runtime.loading.verify import verify
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of
 from tests.runtime.artifact.stored.write import HERE, STORED, artifact_of, kept_call
+from tests.runtime.artifact.support import edit_json, edit_manifest
 
 TOLERANCE = 1e-6
 """Of the largest output: kernels of another processor round in another way."""
@@ -91,6 +96,26 @@ def test_verifies(name: str) -> None:
 def test_the_others_verify(name: str) -> None:
     """The other artifacts verify in the same way."""
     verified(name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("code", "changed"),
+    [
+        (None, lambda sites: sites[::-1]),
+        (None, lambda sites: [{**sites[0], "site": sites[0]["site"].replace("weight", "bias")}, *sites[1:]]),
+        ("0" * 64, lambda sites: sites),
+    ],
+    ids=["another order", "another bias", "names of older certificates"],
+)
+def test_older_names_stand_for_the_same_sites_only(code: str | None, changed: Any, tmp_path: Path) -> None:
+    """A certificate may name a bias by its weight only where older code did, and only that bias."""
+    artifact = tmp_path / "artifact"
+    shutil.copytree(artifact_of("lora_head_bert"), artifact)
+    edit_json(artifact, "certificates/fold.json", lambda data: {**data, "sites": changed(data["sites"])})
+    edit_manifest(artifact, versions=lambda versions: {**versions, **({"code": code} if code else {})})
+    (check,) = [c for c in verify(artifact, STORED["lora_head_bert"].base()).checks if c.passed is False]
+    assert check.name == "certificate" and "covers different sites" in check.detail
 
 
 def verified(name: str) -> None:
