@@ -234,7 +234,10 @@ def check(
     """Resolve a spec and report its cost without creating a compiled model; this works on the meta device.
 
     Args:
-        spec, model, example_inputs, cache: as for `compile`.
+        spec: as for `compile`.
+        model: as for `compile`.
+        example_inputs: as for `compile`.
+        cache: as for `compile`.
 
     Raises:
         GraftError: as for `compile`.
@@ -257,7 +260,10 @@ def spec_for(
     returned spec lists by name the modules that `peft.get_peft_model` adapts in this model.
 
     Args:
-        spec, model, example_inputs, cache: as for `compile`.
+        spec: as for `compile`.
+        model: as for `compile`.
+        example_inputs: as for `compile`.
+        cache: as for `compile`.
 
     Raises:
         GraftError: as for `compile`.
@@ -277,7 +283,9 @@ def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cach
     """Return the roles found in a model, with the evidence for each; `select` accepts the result as well as the model.
 
     Args:
-        model, example_inputs, cache: as for `compile`.
+        model: as for `compile`.
+        example_inputs: as for `compile`.
+        cache: as for `compile`.
 
     Raises:
         GraftError: GC030 if the model cannot be captured.

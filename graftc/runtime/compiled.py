@@ -249,7 +249,9 @@ class Compiled(ModelRoot, Generic[M]):
         whether or not anything is folded.
 
         Args:
-            budget, base, allow_unchanged: as for `merge`.
+            budget: as for `merge`.
+            base: as for `merge`.
+            allow_unchanged: as for `merge`.
             only: the names of the adaptations to fold, ``trained`` for the ``train:`` list; the rest stays on top of
                 the new base, even if it could be folded. By default all that can be folded.
 

@@ -20,7 +20,7 @@ from graftc.testing.compare import inputs_for, largest_difference, outputs_of, s
 from graftc.testing.contract import MethodContract
 from graftc.testing.deployment import DeploymentContract
 from graftc.testing.families import FAMILIES, tiny
-from graftc.testing.perturb import perturb, randomise
+from graftc.testing.perturbing import perturb, randomise
 
 __all__ = [
     "FAMILIES",

@@ -25,7 +25,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import load_spec
 from graftc.testing.compare import SHAPES, flat, in_parts, inputs_for, largest_difference, outputs_of, same_bits
 from graftc.testing.families import FAMILIES, tiny
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 
 
 class Contract:

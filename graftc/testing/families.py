@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from graftc.compiler.quiet import quiet_quantisers
-from graftc.testing.perturb import randomise
+from graftc.testing.perturbing import randomise
 
 HIDDEN, INTERMEDIATE, VOCABULARY, LABELS = 48, 80, 101, 3
 _COMMON: dict[str, Any] = {

@@ -22,7 +22,7 @@ from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing.compare import flat, same_bits
 from graftc.testing.families import FAMILIES, tiny
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.compiler.differing import DIFFERING, Base
 from tests.kit.specs import lora
 

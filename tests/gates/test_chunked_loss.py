@@ -15,7 +15,7 @@ import graftc
 from graftc.runtime.compiled import Compiled
 from graftc.testing import tiny
 from graftc.testing.families import _COMMON, VOCABULARY
-from graftc.testing.perturb import randomise
+from graftc.testing.perturbing import randomise
 from tests.kit.settings import small_chunks
 from tests.runtime.activations.test_chunked_loss import CALL, IDS, LABELS, LORA, assert_equal, step, with_loss
 

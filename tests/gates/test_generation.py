@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.cli.support import run_warm
 from tests.kit.language_models import FAMILIES, language_model, prompt
 from tests.kit.warm import output

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.gates.test_generation import SPEC
 from tests.kit.language_models import language_model
 from tests.runtime.interop.trl_runs import tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.testing.perturb import randomise
+from graftc.testing.perturbing import randomise
 
 VOCABULARY = 101
 _TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

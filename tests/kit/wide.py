@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from graftc.testing.perturb import randomise
+from graftc.testing.perturbing import randomise
 from tests.compiler.structure_models import BASE, HEADS, INNER, MODELS, D
 
 HEAD = D // HEADS

@@ -20,7 +20,7 @@ from graftc.passes.core.weights.names import RESERVED
 from graftc.runtime.compiled import Compiled
 from graftc.testing.compare import SHAPES, flat, inputs_for, largest_difference, outputs_of
 from graftc.testing.families import tiny
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.kit.comparing import every_tensor
 from tests.kit.refusals import refused
 

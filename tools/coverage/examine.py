@@ -23,7 +23,7 @@ from graftc.compiler.live.elements import is_live
 from graftc.compiler.roles.structure import Structure, place
 from graftc.runtime.compiled import Compiled
 from graftc.testing.compare import inputs_for, largest_difference, outputs_of, same_bits
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tools.coverage.build import Built, NotBuiltError, build
 from tools.coverage.catalogue import Entry
 from tools.coverage.levels import compile_maps, levels

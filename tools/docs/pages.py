@@ -8,6 +8,7 @@ from pathlib import Path
 
 from graftc.cli.schemas import published_schemas
 from tools.docs.cli import render_cli
+from tools.docs.compiled import render_compiled
 from tools.docs.errors import render_errors
 from tools.docs.methods import render_methods
 from tools.docs.picture import render_picture
@@ -26,6 +27,7 @@ def render_all() -> dict[str, str]:
         "cli.md": render_cli(),
         "errors.md": render_errors(ROOT),
         "images/pipeline.svg": render_picture(),
+        "reference/compiled.md": render_compiled(),
         "serving.md": render_serving(DOCS),
         "spec.md": render_spec(),
     }

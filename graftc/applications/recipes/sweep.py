@@ -104,7 +104,11 @@ def sweep(
     ``score``; choose texts for it that are neither trained on nor tested with. Equal scores go to the lower rate.
 
     Args:
-        spec, model, examples, loss, example_inputs: as for `graftc.tune`.
+        spec: as for `graftc.tune`.
+        model: as for `graftc.tune`.
+        examples: as for `graftc.tune`.
+        loss: as for `graftc.tune`.
+        example_inputs: as for `graftc.tune`.
         train: as for `graftc.tune`.
         score: a function that returns the score of a trained model, such as its accuracy on validation data. A score
             that is not finite means that training diverged, and is below every number.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,10 +52,14 @@ def compared(
         GraftError: GC061 if the engine or the package gguf is not installed, GC079 if the engine fails, and as in
             `graftc.import_peft` for an adapter that graftc cannot compute.
     """
-    prompts = prompts_for(path if base is None else base.folder)
+    where = path if base is None else base.folder
+    prompts = prompts_for(where)
     plain = None if base is None else _greedy(load_folder(base.folder, dtype=torch.float32), prompts)
-    wanted = _greedy(_reference(form, path, base), prompts)
-    with _as_engine_reads(engine, path if base is None else base.folder, base) as folder:
+    reference = _reference(form, path, base)
+    ends = _ends(where, reference)
+    # Engines that are asked for a number of tokens do not end a text, and continue it with another token.
+    wanted = [_until(ends, row) for row in _greedy(reference, prompts)]
+    with _as_engine_reads(engine, where, base) as folder:
         answer = run_engine(
             engine.name,
             base=folder,
@@ -64,18 +69,18 @@ def compared(
             max_rank=max_rank,
             python=python,
         )
-    pairs = list(zip(answer.tokens, wanted, strict=True))
     differences = [
-        next(n for n, (a, b) in enumerate(zip(own, right, strict=True)) if a != b)
-        for own, right in pairs
-        if own != right
+        next(n for n, (a, b) in enumerate(zip(own, right, strict=False)) if a != b)
+        for own, right in zip(answer.tokens, wanted, strict=True)
+        if own[: len(right)] != right
     ]
+    before = plain or [()] * len(prompts)
     return ServingRun(
         version=answer.version,
         prompts=len(prompts),
         tokens=TOKENS,
         equal=len(prompts) - len(differences),
-        changed=len(prompts) if plain is None else sum(a != b for a, b in zip(plain, wanted, strict=True)),
+        changed=sum(row[: len(own)] != own for row, own in zip(before, wanted, strict=True)),
         first_difference=min(differences, default=None),
     )
 
@@ -86,17 +91,41 @@ def prompts_for(base: Path) -> list[list[int]]:
     Args:
         base: a folder, or a GGUF file.
     """
+    tokenizer = _tokenizer(base)
+    if tokenizer is not None:
+        return [list(tokenizer(text).input_ids) for text in _TEXTS]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 64, (5,), generator=generator).tolist() for _ in _TEXTS]
+
+
+def _tokenizer(base: Path) -> Any:
+    """Return the tokenizer of a folder or a GGUF file; None if it has none that transformers can read."""
     from transformers import AutoTokenizer
 
     try:
         if base.is_file():
-            tokenizer = AutoTokenizer.from_pretrained(base.parent, gguf_file=base.name)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(base)
-        return [list(tokenizer(text).input_ids) for text in _TEXTS]
+            return AutoTokenizer.from_pretrained(base.parent, gguf_file=base.name)
+        return AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        generator = torch.Generator().manual_seed(0)
-        return [torch.randint(3, 64, (5,), generator=generator).tolist() for _ in _TEXTS]
+        return None
+
+
+def _ends(base: Path, model: Any) -> frozenset[int]:
+    """Return the tokens that may end a text: those of the configs, and the tokenizer's special tokens.
+
+    Engines derive theirs in different ways; llama.cpp also goes by the names of special tokens.
+    """
+    configs = (getattr(model, name, None) for name in ("config", "generation_config"))
+    ends = [getattr(config, "eos_token_id", None) for config in configs]
+    ends += getattr(_tokenizer(base), "all_special_ids", [])
+    return frozenset(
+        int(end) for each in ends if each is not None for end in (each if isinstance(each, list) else [each])
+    )
+
+
+def _until(ends: frozenset[int], row: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the tokens before the first one that ends a text."""
+    return tuple(itertools.takewhile(lambda token: token not in ends, row))
 
 
 def _reference(form: Form, path: Path, base: ServedBase | None) -> Any:
@@ -122,10 +151,11 @@ def _greedy(model: Any, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...
     """Return the most probable continuations, also after a token that ends the text."""
     from transformers import GenerationConfig
 
-    model.generation_config = GenerationConfig(pad_token_id=0)  # type: ignore[no-untyped-call]
+    config = GenerationConfig(pad_token_id=0, max_new_tokens=TOKENS)  # type: ignore[no-untyped-call]
+    model.generation_config = config
     rows = []
     for ids in prompts:
-        row = model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, use_cache=True)
+        row = model.generate(torch.tensor([ids]), do_sample=False, use_cache=True)
         rows.append(tuple(row[0, len(ids) :].tolist()))
     return rows
 

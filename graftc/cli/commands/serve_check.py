@@ -77,7 +77,7 @@ def _show(result: ServeCheckResult, to: Console) -> None:
         to.print(f"{problem.kind + ':':<12}{problem}", soft_wrap=True, markup=False)
     if own.run is not None:
         ran = own.run
-        text = f"{own.engine} {ran.version}: {ran.equal} of {ran.prompts} prompts equal, {ran.tokens} tokens each"
+        text = f"{own.engine} {ran.version}: {ran.equal} of {ran.prompts} prompts equal, up to {ran.tokens} tokens each"
         to.print(text, soft_wrap=True, markup=False)
         if not ran.changed:
             to.print("the adapter changes no token, so the run proves nothing", soft_wrap=True, markup=False)

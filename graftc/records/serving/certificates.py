@@ -82,11 +82,12 @@ class ServingRun(Record):
     """The number of tokens that were generated for each prompt, by greedy search."""
 
     equal: Annotated[int, Ge(0)]
-    """The number of prompts whose tokens are all equal."""
+    """The number of prompts whose tokens are all equal, up to the token with which graftc would end the text: asked for
+    a number of tokens, engines continue it in different ways."""
 
     changed: Annotated[int, Ge(0)]
-    """The number of prompts for which the adapter changes graftc's tokens; without any, the run proves nothing. For a
-    folder that is a whole model, all of them."""
+    """The number of prompts for which the adapter changes the compared tokens; without any, the run proves nothing. For
+    a folder that is a whole model, those for which any token was compared."""
 
     first_difference: Annotated[int, Ge(0)] | None
     """The smallest position at which tokens differ; null if all are equal."""

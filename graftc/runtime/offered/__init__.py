@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # the classes that the table names
     from graftc.runtime.training.selecting import Selecting as Selecting
     from graftc.runtime.training.steering import TrainingSteering as TrainingSteering
 
-_PARTS: Mapping[str, str] = MappingProxyType(
+PARTS: Mapping[str, str] = MappingProxyType(
     {
         "offered.adapters:Adapters": "add disable disabled enable load_adapter remove rename",
         "offered.banks:Choosing": "activate active bank fix train_only",
@@ -73,6 +73,6 @@ def _part(kind: str, runner: AdaptedRunner) -> Any:
 
 
 OFFERED: Mapping[str, Callable[[AdaptedRunner], Any]] = MappingProxyType(
-    {name: partial(_part, kind) for kind, names in _PARTS.items() for name in names.split()}
+    {name: partial(_part, kind) for kind, names in PARTS.items() for name in names.split()}
 )
 """The names that a compiled model offers besides its Runner's own, each with a function that creates its object."""

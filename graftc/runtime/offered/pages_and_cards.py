@@ -54,7 +54,9 @@ class Presenting(Feature):
         Args:
             certify: whether to fold the adaptations that can be folded, as `save` does, and report the result.
             base_model: the base's hub id; by default the one that transformers has recorded for the model.
-            license, language, tags: metadata in the hub's form: ``"apache-2.0"``, ``["en"]``, any words.
+            license: the licence in the hub's form, such as ``"apache-2.0"``.
+            language: the languages in the hub's form, such as ``["en"]``.
+            tags: any words.
 
         Raises:
             GraftError: GC073 for metadata that the hub does not accept, GC051 as for `save`.

@@ -46,7 +46,8 @@ class TokenScoring(Feature):
         """Return the fields that TRL's forward returns with `FUSED`; None for a call that TRL has to answer itself.
 
         Args:
-            args, kwargs: the arguments of the call.
+            args: the positional arguments of the call.
+            kwargs: the keyword arguments of the call.
             wanted: the names of the per-token fields to return.
         """
         given = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}

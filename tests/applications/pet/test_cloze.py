@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graftc
-from graftc.testing.perturb import randomise
+from graftc.testing.perturbing import randomise
 
 BLANK, START, SENTINEL = 4, 0, 99
 LABELS = ["a", "b", "c"]

@@ -6,6 +6,7 @@ A program that prints prepared answers stands in for an engine; `tests/gates/tes
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,26 @@ def test_equal_and_different_tokens(base: Path, adapter: Path, right: list[list[
     )
     assert certificate.run is not None and not certificate.passed and not certificate.problems
     assert (certificate.run.equal, certificate.run.first_difference) == (4, 7)
+
+
+@pytest.mark.full
+def test_tokens_after_the_end_of_a_text(base: Path, adapter: Path, right: list[list[int]], tmp_path: Path) -> None:
+    """A prompt is compared up to the token that ends its text, instead of which an engine chooses another one."""
+    end = right[2][5]
+    ended = tmp_path / "base"
+    shutil.copytree(base, ended)
+    config = json.loads((ended / "config.json").read_text())
+    (ended / "config.json").write_text(json.dumps({**config, "eos_token_id": [end]}))
+    (ended / "generation_config.json").unlink(missing_ok=True)
+    until = right[2].index(end)
+    for other, equal in ((0, 5), (-1, 4)):  # from the end on, and one token before
+        first = until + other
+        changed = [*right[2][:first], *(token + 1 for token in right[2][first:])]
+        rows = [*right[:2], changed, *right[3:]]
+        python = interpreter(tmp_path, {"tokens": rows, "version": "0.9.5", "seconds": []})
+        certificate = graftc.serve_check(adapter, "mistralrs", base=str(ended), run=True, python=python)
+        assert certificate.run is not None and certificate.run.equal == equal and certificate.passed is (equal == 5)
+        assert certificate.run.first_difference == (None if equal == 5 else first)
 
 
 @pytest.mark.full

@@ -19,7 +19,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
-from graftc.testing.perturb import randomise
+from graftc.testing.perturbing import randomise
 
 TEXT = ("bert", "roberta", "gpt2", "gpt_neox", "llama", "mixtral", "t5")
 

@@ -14,7 +14,7 @@ from graftc.passes.core.sites.sites import LinearSite
 from graftc.runtime.compiled import Compiled
 from graftc.testing.compare import inputs_for, largest_difference, outputs_of
 from graftc.testing.contract import MethodContract
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.kit.models import fresh
 from tests.kit.specs import lora
 from tests.kit.wide import FAMILIES, USUAL

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 import graftc
 from graftc.testing.families import tiny
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.kit.language_models import language_model, prompt
 from tests.runtime.onnx_generation.onnx_toy import fails
 

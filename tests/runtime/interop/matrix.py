@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.testing import tiny
-from graftc.testing.perturb import randomise
+from graftc.testing.perturbing import randomise
 
 Rng = random.Random
 

@@ -15,7 +15,7 @@ import graftc
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import tiny
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.kit.models import fresh
 from tests.runtime.interop.trl_runs import LORA, both, dpo, grpo, kto, logged, reward, rloo, scoring, sft
 

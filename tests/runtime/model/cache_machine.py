@@ -20,7 +20,7 @@ from torch import Tensor
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.kit.language_models import VOCABULARY, language_model
 
 TOLERANCE = 2e-4

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import tiny
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.kit.comparing import gradients_of, same_tensors
 from tests.kit.training import adamw
 

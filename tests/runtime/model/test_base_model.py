@@ -11,7 +11,7 @@ import torch
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import tiny
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.kit.comparing import gradients_of
 from tests.kit.models import adapted
 

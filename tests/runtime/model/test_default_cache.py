@@ -17,7 +17,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 import graftc
 from graftc.runtime.model.deferred import deferred_cache
 from graftc.testing.families import tiny
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.kit.language_models import language_model, prompt
 from tests.kit.models import adapted
 from tests.runtime.onnx_generation.onnx_toy import fails

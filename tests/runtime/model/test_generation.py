@@ -19,7 +19,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast
 
 import graftc
 from graftc.testing.families import tiny
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.kit.language_models import language_model, prompt
 from tests.kit.models import adapted
 from tests.runtime.model.test_threads import at_once

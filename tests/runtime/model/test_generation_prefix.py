@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import graftc
 from graftc.runtime.compiled import Compiled
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.kit.language_models import language_model, prompt
 from tests.parity import test_peft_prefix as parity
 from tests.runtime.model.test_threads import at_once

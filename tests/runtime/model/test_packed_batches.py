@@ -12,7 +12,7 @@ from torch import Tensor
 import graftc
 from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.testing.families import tiny
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.kit.models import adapted
 from tests.kit.specs import lora
 

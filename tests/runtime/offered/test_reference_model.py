@@ -15,7 +15,7 @@ import graftc
 from graftc.runtime.model.head import Head
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import gpt2, tiny
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 from tests.kit.models import adapted
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])

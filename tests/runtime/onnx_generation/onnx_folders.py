@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 
 VOCABULARY = 61
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -109,7 +109,8 @@ class Attentions(Masks, Virtual):
 
         Args:
             site: the attention layer.
-            keys, values: the keys and values to put in front.
+            keys: the keys to put in front.
+            values: their values.
             window: ``"masked"`` if a sliding window hides these keys as it would hide tokens in their place;
                 ``"visible"`` if it never hides them.
 

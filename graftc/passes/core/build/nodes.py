@@ -117,7 +117,8 @@ class Nodes:
 
         Args:
             target: the operator to call.
-            args, kwargs: its arguments, which are nodes and literals.
+            args: its arguments, which are nodes and literals.
+            kwargs: those passed by name.
             part: a readable label for the node within the adaptation (for example ``"down"``).
         """
         graph = self.program.graph

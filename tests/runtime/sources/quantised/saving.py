@@ -12,7 +12,7 @@ from torch import Tensor
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing.perturb import perturb
+from graftc.testing.perturbing import perturb
 
 
 def saved_and_loaded(folder: Path, compiled: Any, ids: Tensor) -> tuple[Path, Path]:
