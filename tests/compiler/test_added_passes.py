@@ -23,10 +23,10 @@ from graftc.runtime.artifact import open_artifact
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import flat, inputs_for
 from graftc.testing.families import HIDDEN, tiny
-from tests.docs.blocks import blocks
 from tests.kit.models import fresh
 from tests.kit.plugins import Install, installing
 from tests.kit.refusals import refused
+from tools.docs.blocks import blocks
 
 LORA: dict[str, Any] = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}
 

@@ -12,8 +12,8 @@ import pytest
 from graftc.specs.claims import FoldKind
 from graftc.specs.errors.catalogue import CATALOGUE
 from graftc.specs.registry import method_specs
-from tests.docs.blocks import DOCS, ROOT
 from tools.docs.__main__ import main
+from tools.docs.blocks import DOCS, ROOT
 from tools.docs.cli import commands, render_cli
 from tools.docs.errors import examples
 from tools.docs.methods import built_in

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.docs.blocks import blocks
+from tools.docs.blocks import blocks
 
 PAGE = "select.md"
 

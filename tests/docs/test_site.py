@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.docs.blocks import ROOT
+from tools.docs.blocks import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -454,7 +454,7 @@ def trainer(rank: int, processes: int, folder: Path, name: str, stage: str) -> N
 
 def documented(rank: int, processes: int, folder: Path, title: str) -> None:
     """Run an example of ``docs/distributed.md``, and load what it saves."""
-    from tests.docs.blocks import blocks
+    from tools.docs.blocks import blocks
 
     os.chdir(folder)
     os.environ["ACCELERATE_USE_CPU"] = "true"
