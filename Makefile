@@ -12,6 +12,7 @@ PARTS  ?= parity encoder tasks decoder claims directions composition attention d
 FUZZ   ?= 10000
 SEEDS  ?= 0:1000
 ARGS   ?=
+PYTHONS ?=
 DEMO   := $(if $(OUT),--out "$(OUT)") $(if $(filter-out 0,$(QUICK)),--quick)
 
 # Two test processes with one thread each: more threads on two cores only get in each other's way.
@@ -26,7 +27,7 @@ CHECKS   := @set -e; $(MAKE) --no-print-directory types & types=$$!; trap 'kill 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint style types format wheel release coverage mutants campaign page results bench bench-train bench-methods bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors test-matrix walk gates fuzz test-gpu serve serve-vllm lint style types format wheel release coverage mutants campaign page results bench bench-train bench-methods bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +77,15 @@ test-full: setup ## every test that needs no GPU, the full product of methods an
 test-processors: setup ## what `make test` runs of the tests, as on other processors (up to four times as long)
 	$(ALONE) $(BIN)/python -m tools.processors \
 	  -n 2 --dist worksteal -q -m "not full and not gate and not gpu" $(ARGS)
+
+# Environments are kept in build/matrix as long as their requirements are the same. Each takes some 7 GB.
+MATRIX := $(BIN)/python -m tools.matrix $(foreach each,$(PYTHONS),--python $(each))
+
+test-matrix: setup ## what `make test` runs of the tests, with the oldest and the newest versions (an hour or two; ARGS, JOBS, PYTHONS)
+	$(MATRIX) --jobs $(JOBS) $(if $(ARGS),-- $(ARGS))
+
+walk: setup ## README, demos and tutorials in an environment that has only the wheel (ARGS="--script demo", PYTHONS)
+	$(MATRIX) --walk $(ARGS)
 
 gates: setup ## the long checks in tests/gates: fuzzing at full counts, real models beside peers (tens of minutes)
 	$(TEST_ENV) GRAFTC_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q -m gate tests/gates --ignore tests/gates/test_demo_llm.py $(ARGS)
