@@ -79,7 +79,8 @@ def is_plain(cls: type) -> bool:
             continue
         parent = base.__base__
         slots = sum(isinstance(value, types.MemberDescriptorType) for value in vars(base).values())
-        hidden = base.__basicsize__ - (parent.__basicsize__ if parent is not None else 0) - 8 * (slots + 2)
+        slots += sum(name in vars(base) for name in ("__dict__", "__weakref__"))
+        hidden = base.__basicsize__ - (parent.__basicsize__ if parent is not None else 0) - 8 * slots
         if not base.__flags__ & _HEAP or hidden > 0:
             return False
     return True
