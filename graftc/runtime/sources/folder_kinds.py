@@ -114,5 +114,5 @@ def _json(file: Path, most: int) -> Mapping[str, Any]:
 def _names(folder: Path, pattern: str) -> list[str]:
     try:
         return sorted(str(path.relative_to(folder)) for path in folder.glob(pattern))
-    except OSError:
+    except (OSError, ValueError):  # a null character in the path, since Python 3.13
         return []
