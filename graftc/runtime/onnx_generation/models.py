@@ -20,7 +20,8 @@ from graftc.specs.errors.diagnostics import GraftError
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """The name of the cache in calls and outputs in this release of transformers."""
 
-_IMPLEMENTATIONS = (None, "dynamic", "hybrid")
+# transformers 5.13 sets the third one itself for prompt look-up and assistants.
+_IMPLEMENTATIONS = (None, "dynamic", "dynamic_full", "hybrid")
 
 
 def table_of(config: Any) -> int | None:
