@@ -10,7 +10,9 @@ def merged_projections() -> list[Mapping[str, str]]:
 
     PEFT's public function only converts whole configs. Versions without such a conversion have no table.
     """
-    from peft.utils import transformers_weight_conversion as conversion
-
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # PEFT 0.18
+        return []
     tables: Mapping[str, Mapping[str, str]] = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {})
     return list(tables.values())

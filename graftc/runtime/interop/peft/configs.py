@@ -228,10 +228,13 @@ def _older_names(peft: ModuleType, config: AdapterConfig, model: nn.Module) -> M
     The result is empty if peft does not convert configs for the model. peft has several tables; a model's table is the
     one whose names peft converts.
     """
+    tables = merged_projections() if config.peft_type == "LORA" else []
+    if not tables:
+        return {}
     from peft.utils import transformers_weight_conversion as conversion
 
     convert: Any = getattr(conversion, "convert_peft_config_for_transformers", None)
-    for table in merged_projections() if convert is not None and config.peft_type == "LORA" else ():
+    for table in tables if convert is not None else ():
         probe = peft.LoraConfig(target_modules=sorted(table))
         with contextlib.suppress(ValueError):  # raised if the model has only some of these names
             convert(probe, model=model, conversions=None)
