@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from graftc.testing.perturbing import randomise
 
@@ -21,6 +22,8 @@ _PAIR: dict[str, Any] = {**_TOKENS, "d_model": 32, "decoder_start_token_id": 1} 
     for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
 }
 WINDOW = 8
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""The name of the cache in calls and outputs, which depends on the release of transformers."""
 
 
 def _whisper(hf: Any) -> Any:

@@ -146,8 +146,10 @@ def test_from_file_and_fill_leave_the_file_alone(graph: dict[str, Any], tmp_path
 
 def test_every_listed_operator_keeps_the_rules() -> None:
     """No rule objects to a listed operator, and names of those that write to an argument end in an underscore."""
-    assert {name: why for name in OPERATORS if (why := objection(name)) is not None} == {}
-    for name in OPERATORS:
+    # Those of transformers exist only in some of its releases.
+    known = [name for name in OPERATORS if operator(name) is not None or not name.startswith("transformers.")]
+    assert {name: why for name in known if (why := objection(name)) is not None} == {}
+    for name in known:
         overload = operator(name)
         assert (
             overload is not None and overload._schema.is_mutable == name.split(".")[1].endswith("_")

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import peft
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -312,6 +313,8 @@ def shira(family: str, rng: Rng) -> Any:
 
 def lily(family: str, rng: Rng) -> Any:
     own = {"r": rng.randint(1, 8), "stride_A": rng.randint(1, 3), "num_B": rng.randint(2, 5), "scaling": rng.random()}
+    if not hasattr(peft, "LilyConfig"):
+        pytest.skip(f"PEFT {peft.__version__} has no Lily")
     return peft.LilyConfig(**own, target_modules=["fc"] if family == "convs" else some(family, rng))
 
 

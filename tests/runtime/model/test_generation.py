@@ -20,7 +20,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast
 import graftc
 from graftc.testing.families import tiny
 from graftc.testing.perturbing import perturb
-from tests.kit.language_models import language_model, prompt
+from tests.kit.language_models import CACHE, language_model, prompt
 from tests.kit.models import adapted
 from tests.runtime.model.test_threads import at_once
 from tests.runtime.onnx_generation.onnx_toy import fails
@@ -211,10 +211,10 @@ def test_a_cache_goes_on_in_the_next_turn(adapted_model: Any, plain: Any, beams:
     for model in (adapted_model, plain):
         cache = DynamicCache()
         options = {"num_beams": beams, "num_return_sequences": beams}
-        said = model.generate(**prompt(model), **SOME, **options, cache=cache)
+        said = model.generate(**prompt(model), **SOME, **options, **{CACHE: cache})
         assert cache.get_seq_length() == said.shape[1] - 1
         heard = torch.cat([said, torch.full((len(said), 3), 7)], 1)
-        results.append(model.generate(heard, attention_mask=torch.ones_like(heard), cache=cache, **SOME))
+        results.append(model.generate(heard, attention_mask=torch.ones_like(heard), **{CACHE: cache}, **SOME))
     assert torch.equal(*results)
 
 
@@ -235,8 +235,8 @@ def test_gradients_go_through_a_cache(adapted_model: Any, source: Any) -> None:
     try:
         ids, tensors = prompt(source, 3)["input_ids"], [p for p in adapted_model.parameters() if p.requires_grad]
         first = adapted_model(input_ids=ids[:, :5], use_cache=True)
-        second = adapted_model(input_ids=ids[:, 5:], cache=first.cache)
-        assert second.cache is first.cache
+        second = adapted_model(input_ids=ids[:, 5:], **{CACHE: first[CACHE]})
+        assert second[CACHE] is first[CACHE]
         parts = torch.autograd.grad(second.logits.square().sum(), tensors)
         whole = torch.autograd.grad(adapted_model(input_ids=ids).logits[:, 5:].square().sum(), tensors)
         for part, expected in zip(parts, whole, strict=True):

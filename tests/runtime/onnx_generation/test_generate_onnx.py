@@ -14,6 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, St
 from transformers.generation.streamers import BaseStreamer
 
 from graftc.runtime.onnx_generation import OnnxCausalLM, load
+from tests.kit.language_models import CACHE
 from tests.runtime.onnx_generation import onnx_toy as toy
 from tests.runtime.onnx_generation.onnx_toy import MASK, PROMPTS, TOKENS, fails, generated
 
@@ -42,17 +43,17 @@ def test_a_step_gives_the_logits_of_whole_rows(model: Any) -> None:
     for start, end in ((0, 4), (4, 5), (5, 8)):
         step = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "position_ids": places[:, start:end]}
         outputs = model(**step, cache=cache)
-        assert outputs.cache is cache and cache.get_seq_length() == end
+        assert outputs[CACHE] is cache and cache.get_seq_length() == end
         torch.testing.assert_close(outputs.logits, expected[:, start:end], rtol=0, atol=1e-5)
     assert model(input_ids=ids, attention_mask=mask, logits_to_keep=2).logits.shape == (3, 2, toy.VOCABULARY)
-    assert model(input_ids=ids, use_cache=False).cache is None
+    assert model(input_ids=ids, use_cache=False).get(CACHE) is None
     # Without a mask and positions, a row has no padding and begins at 0.
     torch.testing.assert_close(model(input_ids=ids).logits, toy.logits(ids, torch.ones_like(mask)), rtol=0, atol=1e-5)
 
 
 def test_presents_are_pasts_without_a_copy(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The addresses that a step binds are those of the last step's outputs."""
-    cache = model(input_ids=PROMPTS).cache
+    cache = model(input_ids=PROMPTS)[CACHE]
     given = {t.data_ptr() for t in (cache.layers[0].keys, cache.layers[0].values)}
     bound: list[int] = []
     bind = model.decoder_graph._bind
@@ -70,7 +71,7 @@ def test_presents_are_pasts_without_a_copy(model: Any, monkeypatch: pytest.Monke
 def test_a_build_without_dlpack_gives_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
-    monkeypatch.delattr(onnxruntime.OrtValue, "__dlpack__")
+    monkeypatch.delattr(onnxruntime.OrtValue, "__dlpack__", raising=False)
     assert torch.equal(generated(model, PROMPTS, MASK), toy.greedy(PROMPTS, MASK, TOKENS))
 
 
@@ -127,8 +128,8 @@ def test_streamers_and_criteria_are_called(model: Any) -> None:
 def test_a_cache_goes_on(model: Any) -> None:
     """A filled cache is continued; the sliding layers of a cache made from a config are replaced while empty."""
     cache = DynamicCache(config=model.config)
-    first = generated(model, PROMPTS[1:2], cache=cache)
-    more = generated(model, first, cache=cache, max_new_tokens=3, min_new_tokens=3)
+    first = generated(model, PROMPTS[1:2], **{CACHE: cache})
+    more = generated(model, first, max_new_tokens=3, min_new_tokens=3, **{CACHE: cache})
     assert torch.equal(more, toy.greedy(PROMPTS[1:2], MASK[1:2], TOKENS + 3))
 
 
@@ -261,7 +262,9 @@ class TestFolders:
         identity = helper.make_node("Cast", ["input_ids"], ["logits"], to=TensorProto.FLOAT)
         value = helper.make_tensor_value_info
         ends = [[value(n, t, ["b", "s"])] for n, t in (("input_ids", TensorProto.INT64), ("logits", TensorProto.FLOAT))]
-        plain = helper.make_model(helper.make_graph([identity], "g", *ends), ir_version=9)
+        plain = helper.make_model(
+            helper.make_graph([identity], "g", *ends), ir_version=9, opset_imports=[helper.make_opsetid("", 17)]
+        )
         with fails("GC144", "does not take the keys and values"):
             load(toy.write(tmp_path / "plain", plain))
         plain.graph.output[0].name = plain.graph.node[0].output[0] = "scores"

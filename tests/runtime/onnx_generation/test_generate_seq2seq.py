@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 from transformers import DynamicCache, EncoderDecoderCache
 
 from graftc.runtime.onnx_generation import load
+from tests.kit.language_models import CACHE
 from tests.runtime.onnx_generation import onnx_toy as toy
 from tests.runtime.onnx_generation.onnx_toy import MASK, PROMPTS, TOKENS, fails, generated
 
@@ -47,7 +48,7 @@ class TestEncoderAndDecoder:
         kept = cache.cross_attention_cache.layers[0].keys.data_ptr()
         second = pair(encoder_outputs=states, attention_mask=MASK, decoder_input_ids=given[:, 2:], cache=cache)
         torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), expected, rtol=0, atol=1e-5)
-        assert second.cache is cache and cache.cross_attention_cache.layers[0].keys.data_ptr() == kept
+        assert second[CACHE] is cache and cache.cross_attention_cache.layers[0].keys.data_ptr() == kept
         assert cache.is_updated == {0: True} and cache.get_seq_length() == 6
 
     def test_what_does_not_fit(self, pair: Any) -> None:
