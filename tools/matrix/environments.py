@@ -37,11 +37,9 @@ class Environment:
 OLDEST = Environment(
     "oldest",
     "3.11",
-    lowest=("torch", "transformers", "peft", "onnxruntime", "pydantic"),
-    without={
-        "onnxruntime-genai": "0.18, the lowest version of the dev extra, needs ONNX Runtime 1.31",
-        "torchao": "PEFT 0.18 imports what torchao 0.17, the lowest version of the dev extra, no longer has",
-    },
+    # torchao because PEFT 0.18 imports a class that torchao 0.18 no longer has.
+    lowest=("torch", "transformers", "peft", "onnxruntime", "pydantic", "torchao"),
+    without={"onnxruntime-genai": "0.18, the lowest version in the dev extra, needs ONNX Runtime 1.31"},
 )
 NEWEST = Environment("newest", "3.13")
 PLAIN = Environment("plain")
