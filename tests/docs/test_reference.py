@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import graftc
-from tests.docs.blocks import DOCS
+from tools.docs.blocks import DOCS
 
 REFERENCES = {
     path.name: re.findall(r"^::: ([\w.]+)$", path.read_text(encoding="utf-8"), re.MULTILINE)

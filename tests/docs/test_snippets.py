@@ -23,8 +23,9 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 from graftc.specs.pet.io import parse_pet_spec
 from graftc.testing import tiny
-from tools.docs.blocks import DOCS, ROOT, Block, Said, blocks, pages, run_block
+from tools.docs.blocks import DOCS, ROOT, RUN, Block, Said, blocks, pages, run_block
 from tools.docs.cli import commands
+from tools.matrix.walks import SCRIPTS, Page
 
 PLUGIN = ROOT / "examples" / "plugin"
 GUIDES = {
@@ -137,9 +138,16 @@ def test_commands_that_are_mentioned_exist(word: str) -> None:
 
 
 def _runnable() -> list[str]:
-    """Return the pages with blocks to run, but for tutorials, which need other packages: `make walk` runs them."""
-    own = [page for page in pages() if not page.startswith("tutorials/")]
-    return [page for page in own if any(block.mark == "run" for block in blocks(page))]
+    """Return the pages with blocks to run in tests; `make walk` runs those of the others."""
+    return [page for page in pages() if any(block.mark == "run" for block in blocks(page))]
+
+
+def test_a_page_is_run_by_tests_or_by_the_walk() -> None:
+    """No page has both marks, and the walk has every page that the tests do not run."""
+    marks = {page: {block.mark for block in blocks(page)} & {*RUN} for page in pages()}
+    walked = {step.path for script in SCRIPTS for step in script.steps if isinstance(step, Page)}
+    assert {page for page, own in marks.items() if own == {*RUN}} == set()
+    assert {f"docs/{page}" for page, own in marks.items() if own == {"walk"}} <= walked
 
 
 @pytest.mark.sample("select.md", "merging.md")

@@ -274,6 +274,6 @@ def test_only_the_graftc_of_the_environment_counts(tmp_path: Path) -> None:
 
 def test_scripts_with_the_same_extras_share_an_environment() -> None:
     names = [environment_of(script, OLDEST).name for script in SCRIPTS]
-    assert set(names) == {"walk-oldest", "walk-oldest-serve"}
+    assert set(names) == {"walk-oldest", "walk-oldest-dev", "walk-oldest-serve"}
     assert all(environment_of(script, OLDEST).lowest == OLDEST.lowest for script in SCRIPTS)
     assert len({script.name for script in SCRIPTS}) == len(SCRIPTS)

@@ -1,4 +1,5 @@
-"""Fenced blocks of Markdown pages, in order, with the comment that marks them; ``<!-- run -->`` marks those that run.
+"""Fenced blocks of Markdown pages, in order, with the comment that marks them; ``<!-- run -->`` marks those that run,
+and ``<!-- walk -->`` those that only `make walk` runs: they take real models, engines, or pages before theirs.
 
 ``python blocks.py PAGE`` runs the marked blocks of a page in the current folder. This file imports nothing of the
 repository, so that it can be run by an interpreter that has nothing else of it.
@@ -19,6 +20,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
+RUN = ("run", "walk")
+"""The marks of blocks that run as scripts."""
+
 _FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[\w: ]+) -->\n(?:<div[^>]*>\n\n)?)?"
     r"^(?P<ticks>`{3,})(?P<language>\w*)(?: title=\"(?P<title>[^\"]*)\")?\n(?P<text>.*?)^(?P=ticks)$",
@@ -167,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_page(page: str, folder: Path, first: str | None = None) -> str:
     """Run the marked blocks of a page, or the first block of a language; return what is wrong, with its place."""
     every = blocks(page, first, folder)
-    chosen = [block for block in every if block.mark == "run"] if first is None else every[:1]
+    chosen = [block for block in every if block.mark in RUN] if first is None else every[:1]
     if not chosen:
         return f"{page}: no block is marked to run" if first is None else f"{page}: no block is {first}"
     sys.path.insert(0, "")  # what a page has written to files can be imported

@@ -84,5 +84,8 @@ SCRIPTS = (
         ),
         extras=("serve",),
     ),
-    Script("method", (Page("docs/tutorials/method.md"),)),
+    Script("method", (Page("docs/tutorials/method.md"),), extras=("dev",)),
+    Script("encoder", (Page("docs/tutorials/encoder.md"),)),
+    Script("vision-language", (Page("docs/tutorials/vision-language.md"),)),
+    Script("ten-adapters", (Page("docs/tutorials/ten-adapters.md"),)),
 )
