@@ -53,7 +53,6 @@ def render_compiled() -> str:
 ::: graftc.runtime.{part.replace(":", ".")}
     options:
       heading_level: 4
-      inherited_members: true
       members: [{", ".join(names)}]
       show_docstring_description: false
       show_root_heading: false

@@ -53,10 +53,11 @@ def compared(
             `graftc.import_peft` for an adapter that graftc cannot compute.
     """
     where = path if base is None else base.folder
-    prompts = prompts_for(where)
+    tokenizer = tokenizer_of(where)
+    prompts = prompts_for(tokenizer)
     plain = None if base is None else _greedy(load_folder(base.folder, dtype=torch.float32), prompts)
     reference = _reference(form, path, base)
-    ends = _ends(where, reference)
+    ends = _ends(tokenizer, reference)
     # Engines that are asked for a number of tokens do not end a text, and continue it with another token.
     wanted = [_until(ends, row) for row in _greedy(reference, prompts)]
     with _as_engine_reads(engine, where, base) as folder:
@@ -85,20 +86,7 @@ def compared(
     )
 
 
-def prompts_for(base: Path) -> list[list[int]]:
-    """Return the texts as tokens, or random tokens for a base that has no tokenizer.
-
-    Args:
-        base: a folder, or a GGUF file.
-    """
-    tokenizer = _tokenizer(base)
-    if tokenizer is not None:
-        return [list(tokenizer(text).input_ids) for text in _TEXTS]
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 64, (5,), generator=generator).tolist() for _ in _TEXTS]
-
-
-def _tokenizer(base: Path) -> Any:
+def tokenizer_of(base: Path) -> Any:
     """Return the tokenizer of a folder or a GGUF file; None if it has none that transformers can read."""
     from transformers import AutoTokenizer
 
@@ -110,17 +98,24 @@ def _tokenizer(base: Path) -> Any:
         return None
 
 
-def _ends(base: Path, model: Any) -> frozenset[int]:
-    """Return the tokens that may end a text: those of the configs, and the tokenizer's special tokens.
+def prompts_for(tokenizer: Any) -> list[list[int]]:
+    """Return the texts as tokens, or random tokens if there is no tokenizer."""
+    if tokenizer is not None:
+        return [list(tokenizer(text).input_ids) for text in _TEXTS]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 64, (5,), generator=generator).tolist() for _ in _TEXTS]
+
+
+def _ends(tokenizer: Any, model: Any) -> frozenset[int]:
+    """Return the tokens that may end a text: those of the model's configs, and the tokenizer's special tokens.
 
     Engines derive theirs in different ways; llama.cpp also goes by the names of special tokens.
     """
-    configs = (getattr(model, name, None) for name in ("config", "generation_config"))
-    ends = [getattr(config, "eos_token_id", None) for config in configs]
-    ends += getattr(_tokenizer(base), "all_special_ids", [])
-    return frozenset(
-        int(end) for each in ends if each is not None for end in (each if isinstance(each, list) else [each])
-    )
+    ends: set[int] = set(getattr(tokenizer, "all_special_ids", ()))
+    for name in ("config", "generation_config"):
+        stated = getattr(getattr(model, name, None), "eos_token_id", None)
+        ends.update(stated if isinstance(stated, list) else () if stated is None else (stated,))
+    return frozenset(ends)
 
 
 def _until(ends: frozenset[int], row: tuple[int, ...]) -> tuple[int, ...]:
@@ -151,11 +146,10 @@ def _greedy(model: Any, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...
     """Return the most probable continuations, also after a token that ends the text."""
     from transformers import GenerationConfig
 
-    config = GenerationConfig(pad_token_id=0, max_new_tokens=TOKENS)  # type: ignore[no-untyped-call]
-    model.generation_config = config
+    model.generation_config = GenerationConfig(pad_token_id=0)  # type: ignore[no-untyped-call]
     rows = []
     for ids in prompts:
-        row = model.generate(torch.tensor([ids]), do_sample=False, use_cache=True)
+        row = model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, use_cache=True)
         rows.append(tuple(row[0, len(ids) :].tolist()))
     return rows
 

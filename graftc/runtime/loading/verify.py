@@ -226,9 +226,9 @@ def _certificate(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, s
     # Another graftc may say the same in other words: both are shown, and nothing rests on the stated reason.
     note = f"; {reworded}: {unfolded[reworded]} (stated: {stays[reworded]})" if reworded is not None else ""
     if kept is None:
-        return (
-            (None, f"nothing folds, as stated{note}") if certificate is None else (False, "the certificate is missing")
-        )
+        if certificate is not None:
+            return False, "the certificate is missing"
+        return None, f"nothing folds, as stated{note}"
     if certificate is None:
         return False, "nothing folds now"
     other = _disagreement(artifact, kept, certificate)

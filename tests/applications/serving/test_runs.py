@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 import graftc
-from graftc.applications.serving.comparing import TOKENS, prompts_for
+from graftc.applications.serving.comparing import TOKENS, prompts_for, tokenizer_of
 from graftc.specs.errors.diagnostics import GraftError
 from tests.applications.serving.peft_folders import peft_folder, saved_base
 
@@ -45,7 +45,7 @@ def right(base: Path, adapter: Path) -> list[list[int]]:
     """Return PEFT's tokens, by its most probable one after another."""
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).eval()
     rows = []
-    for ids in prompts_for(base):
+    for ids in prompts_for(tokenizer_of(base)):
         row = list(ids)
         for _ in range(TOKENS):
             with torch.no_grad():
