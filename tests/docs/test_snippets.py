@@ -23,7 +23,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 from graftc.specs.pet.io import parse_pet_spec
 from graftc.testing import tiny
-from tools.docs.blocks import DOCS, ROOT, RUN, Block, Said, blocks, pages, run_block
+from tools.docs.blocks import DOCS, ROOT, RUN, Block, CommandResult, blocks, pages, run_block
 from tools.docs.cli import commands
 from tools.matrix.walks import SCRIPTS, Page
 
@@ -160,12 +160,12 @@ def test_the_page_runs(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     scope: dict[str, Any] = {"__name__": page}
 
-    def in_process(line: str) -> Said:
+    def in_process(line: str) -> CommandResult:
         capsys.readouterr()
         command, *arguments = shlex.split(line, comments=True)
         assert command == "graftc", line
         status = main(arguments)
-        return Said(status, *capsys.readouterr())
+        return CommandResult(status, *capsys.readouterr())
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", graftc.GraftWarning)

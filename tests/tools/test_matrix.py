@@ -22,7 +22,7 @@ from tools.matrix.environments import (
     read_project,
     targets,
 )
-from tools.matrix.making import Interpreter, Made, MatrixError, digest, find_interpreter
+from tools.matrix.making import Interpreter, MatrixError, ReadyEnvironment, digest, find_interpreter
 from tools.matrix.report import row_of_tests, table_of_tests
 from tools.matrix.testing import Outcomes, read_junit, stale_skips
 from tools.matrix.walking import environment_of, walk
@@ -118,7 +118,7 @@ def test_a_missing_interpreter_is_found_before_anything_is_made(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "build_wheel", lambda: Path("g.whl"))
-    monkeypatch.setattr(command, "made", lambda *_, **__: pytest.fail("made"))
+    monkeypatch.setattr(command, "make_environment", lambda *_, **__: pytest.fail("made"))
     assert command.main(["--python", "3.11=nowhere 3.13=nowhere"]) == 1
     assert "no Python 3.11" in capsys.readouterr().err
 
@@ -169,7 +169,7 @@ def test_skips_are_recorded(outcomes: Outcomes, tmp_path: Path) -> None:
 
 def test_the_table_names_versions_and_counts(outcomes: Outcomes) -> None:
     versions = {"python": "3.13.5", "torch": "2.15.0"}
-    row = row_of_tests(Made(NEWEST, Path("newest"), versions, 7_400_000_000), outcomes)
+    row = row_of_tests(ReadyEnvironment(NEWEST, Path("newest"), versions, 7_400_000_000), outcomes)
     head, line = table_of_tests([row]).splitlines()
     assert head.split()[-5:] == ["passed", "failed", "skipped", "minutes", "gigabytes"]
     assert line.split() == ["newest", "3.13.5", "2.15.0", "-", "-", "-", "-", "1", "2", "2", "0.0", "7.4"]
@@ -216,7 +216,7 @@ assert value == {value}, "the scope is that of the page"
 
 
 @pytest.fixture(scope="module")
-def printing(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def printing(tmp_path_factory: pytest.TempPathFactory) -> ReadyEnvironment:
     """An environment with a graftc that only prints."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=True)
@@ -225,11 +225,11 @@ def printing(tmp_path_factory: pytest.TempPathFactory) -> Made:
     (packages / "graftc" / "__init__.py").touch()
     (folder / "bin" / "graftc").write_text("#!/bin/sh\nprintf 'spec %s\\n\\nwrong: no\\n' $1\nexit 3\n")
     (folder / "bin" / "graftc").chmod(0o755)
-    return Made(NEWEST, folder, {}, 0)
+    return ReadyEnvironment(NEWEST, folder, {}, 0)
 
 
 @pytest.fixture
-def run(printing: Made, tmp_path: Path) -> Callable[..., str]:
+def run(printing: ReadyEnvironment, tmp_path: Path) -> Callable[..., str]:
     """A function that runs steps in that environment, and returns what was wrong."""
     return lambda *steps: walk(Script("script", steps), printing, tmp_path / "walks", tmp_path).wrong
 
@@ -268,7 +268,7 @@ def test_a_missing_page_is_named(run: Callable[..., str]) -> None:
 
 def test_only_the_graftc_of_the_environment_counts(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
-    walked = walk(Script("script", ()), Made(NEWEST, tmp_path / "bare", {}, 0), tmp_path / "walks")
+    walked = walk(Script("script", ()), ReadyEnvironment(NEWEST, tmp_path / "bare", {}, 0), tmp_path / "walks")
     assert walked.wrong.startswith("graftc is not that of")
 
 

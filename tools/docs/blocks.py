@@ -46,8 +46,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a command did: its exit status, and what it printed."""
+class CommandResult:
+    """The exit status and the output of a command."""
 
     status: int
     out: str
@@ -72,7 +72,7 @@ class Command:
 
 
 class BlockError(Exception):
-    """A block does not do what its page says; the message begins with the page and the line."""
+    """A block does not do what its page says. The message begins with the page and the line."""
 
 
 def blocks(page: str, language: str | None = None, folder: Path = DOCS) -> list[Block]:
@@ -92,7 +92,7 @@ def pages() -> list[str]:
     return sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
-def run_block(block: Block, scope: dict[str, Any], run: Callable[[str], Said]) -> None:
+def run_block(block: Block, scope: dict[str, Any], run: Callable[[str], CommandResult]) -> None:
     """Run a block in the current folder.
 
     A block with a title is written to a file of that name, a Python block is executed, and the commands of any other
@@ -130,26 +130,28 @@ def commands_of(block: Block) -> Iterator[Command]:
         yield Command(f"{block.page}:{block.line + 1 + start}", text, int(stated[1]) if stated else 0, rest)
 
 
-def _compare(command: Command, said: Said) -> None:
-    if said.status != command.status:
-        raise BlockError(f"{command.place}: {command.text}\nended with status {said.status}\n{said.out}{said.err}")
-    out = iter(_spaced(line) for line in said.out.splitlines())
+def _compare(command: Command, result: CommandResult) -> None:
+    if result.status != command.status:
+        raise BlockError(
+            f"{command.place}: {command.text}\nended with status {result.status}\n{result.out}{result.err}"
+        )
+    out = iter(_spaced(line) for line in result.out.splitlines())
     for expected in (_spaced(line) for line in command.shown if line != "..."):
         expected = expected.removesuffix("...").rstrip()
         if not any(line.startswith(expected) for line in out):
-            raise BlockError(f"{command.place}: {command.text}\nprinted no {expected!r}:\n{said.out}")
+            raise BlockError(f"{command.place}: {command.text}\nprinted no {expected!r}:\n{result.out}")
 
 
 def _spaced(line: str) -> str:
     return re.sub(r" +", " ", line).strip()
 
 
-def in_shell(line: str) -> Said:
+def in_shell(line: str) -> CommandResult:
     """Run a line in a shell, show what it prints, and return it."""
     print(f"$ {line}", flush=True)
     done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr, sep="", end="", flush=True)
-    return Said(done.returncode, done.stdout, done.stderr)
+    return CommandResult(done.returncode, done.stdout, done.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tools.matrix.environments import ENVIRONMENTS, PLAIN, Environment, read_project
-from tools.matrix.making import FOLDER, Made, MatrixError, build_wheel, find_interpreter, made
+from tools.matrix.making import FOLDER, MatrixError, ReadyEnvironment, build_wheel, find_interpreter, make_environment
 from tools.matrix.report import row_of_tests, row_of_walk, table_of_tests, table_of_walks, write_report
 from tools.matrix.testing import MARKS, STORED, Outcomes, new_skips, run_tests, stale_skips
 from tools.matrix.walking import environment_of, walk
@@ -42,12 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--script", action="append", choices=[script.name for script in SCRIPTS], help="of the walk")
     options = parser.parse_args(arguments)
-    given = dict(each.partition("=")[::2] for text in options.python for each in text.split())
+    interpreters = dict(word.partition("=")[::2] for words in options.python for word in words.split())
     chosen = [
         every[name] for name in options.only or ([PLAIN.name] if options.walk else [e.name for e in ENVIRONMENTS])
     ]
     try:
-        maker = Maker(given, options.fresh)
+        maker = Maker(interpreters, options.fresh)
         if options.walk:
             return _walk(chosen, maker, options.script)
         return _test(chosen, maker, options)
@@ -59,53 +59,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class Maker:
     """Makes environments with the wheel of the checkout, each once in a run."""
 
-    def __init__(self, given: Mapping[str, str], fresh: bool) -> None:
-        self.given, self.fresh = given, fresh
+    def __init__(self, interpreters: Mapping[str, str], fresh: bool) -> None:
+        self.interpreters, self.fresh = interpreters, fresh
         self.project = read_project()
-        self.made: dict[str, Made] = {}
+        self.ready: dict[str, ReadyEnvironment] = {}
 
     @cached_property
     def wheel(self) -> Path:
         """The wheel of the checkout, built when it is first needed."""
         return build_wheel()
 
-    def __call__(self, environment: Environment) -> Made:
+    def __call__(self, environment: Environment) -> ReadyEnvironment:
         """Return an environment, made unless it is there."""
-        if environment.name not in self.made:
-            interpreter = find_interpreter(environment.python, self.given)
-            one = made(environment, self.project, interpreter, self.wheel, fresh=self.fresh)
-            self.made[environment.name] = one
-        return self.made[environment.name]
+        if environment.name not in self.ready:
+            interpreter = find_interpreter(environment.python, self.interpreters)
+            self.ready[environment.name] = make_environment(
+                environment, self.project, interpreter, self.wheel, fresh=self.fresh
+            )
+        return self.ready[environment.name]
 
 
 def _test(chosen: Sequence[Environment], maker: Maker, options: argparse.Namespace) -> int:
     """Make the environments, run the tests in each, print what is wrong and a table, and return the exit status."""
     for environment in chosen:  # a missing interpreter is found before the tests run
-        find_interpreter(environment.python, maker.given)
+        find_interpreter(environment.python, maker.interpreters)
     known = read_skips()
     rows, wrong = [], list[str]()
     for environment in chosen:
-        one = maker(environment)
+        ready = maker(environment)
         if options.make:
             outcomes = Outcomes()
         else:
-            outcomes = _outcomes(one, options.tests, options.jobs)
+            outcomes = _outcomes(ready, options.tests, options.jobs)
             if options.record:
                 known = recorded(known, environment.name, outcomes, whole=not options.tests)
                 write_skips(known)
             wrong += complaints(environment.name, outcomes, known.get(environment.name, {}))
-        rows.append(row_of_tests(one, outcomes))
+        rows.append(row_of_tests(ready, outcomes))
     write_report(FOLDER / "report.json", rows)
     print(*wrong, "", table_of_tests(rows), sep="\n")
     return int(any(not line.startswith("note: ") for line in wrong))
 
 
-def _outcomes(one: Made, arguments: Sequence[str], jobs: int) -> Outcomes:
+def _outcomes(ready: ReadyEnvironment, arguments: Sequence[str], jobs: int) -> Outcomes:
     """Run the tests that are asked for, by default those of ``make tests`` and all of stored artifacts."""
     runs = {"": arguments} if arguments else {"": ["-m", MARKS], "-stored": [STORED]}
     total = Outcomes()
     for name, own in runs.items():
-        total.add(run_tests(one, own, jobs, FOLDER / f"{one.environment.name}{name}.xml"))
+        total.add(run_tests(ready, own, jobs, FOLDER / f"{ready.environment.name}{name}.xml"))
     return total
 
 
@@ -133,17 +134,17 @@ def read_skips(path: Path = SKIPS) -> Skips:
 
 
 def recorded(known: Skips, name: str, outcomes: Outcomes, whole: bool) -> Skips:
-    """Return what is known to be skipped after a run in an environment.
+    """Return the known skips, updated by a run in an environment.
 
     Args:
-        known: what was known before.
+        known: the skips known before.
         name: the environment.
-        outcomes: those of the run.
-        whole: whether everything ran; otherwise what did not run is kept.
+        outcomes: the outcomes of the run.
+        whole: whether every test ran; otherwise entries of tests that did not run stay.
     """
     ran = {*outcomes.passed, *outcomes.failed, *outcomes.skipped, *outcomes.expected}
-    kept = {} if whole else {test: why for test, why in known.get(name, {}).items() if test not in ran}
-    return {**known, name: {**kept, **outcomes.skipped}}
+    not_run = {} if whole else {test: why for test, why in known.get(name, {}).items() if test not in ran}
+    return {**known, name: {**not_run, **outcomes.skipped}}
 
 
 def write_skips(known: Skips, path: Path = SKIPS) -> None:
@@ -158,13 +159,13 @@ def _walk(chosen: Sequence[Environment], maker: Maker, names: Sequence[str] | No
         for script in SCRIPTS:
             if names and script.name not in names:
                 continue
-            one = maker(environment_of(script, base))
+            ready = maker(environment_of(script, base))
             print(f"{script.name}: {', then '.join(map(str, script.steps))}", flush=True)
-            walked = walk(script, one)
+            walked = walk(script, ready)
             print(
                 f"{script.name}: {walked.wrong or 'runs'} ({walked.seconds / 60:.1f} minutes; {walked.log})", flush=True
             )
-            rows.append(row_of_walk(one, walked))
+            rows.append(row_of_walk(ready, walked))
     write_report(FOLDER / "walks.json", rows)
     print("", table_of_walks(rows), sep="\n")
     return int(any(row["wrong"] for row in rows))

@@ -1,8 +1,7 @@
-"""Environments as data: their Python, what is installed in them, and how its versions follow from pyproject.toml."""
+"""Environments as data: their Python and their packages, with lowest versions read from pyproject.toml."""
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,12 +10,13 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from tools.makefile import makefile_variable
 from tools.sources import ROOT
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What an environment has.
+    """The description of an environment.
 
     Attributes:
         name: the name of its folder.
@@ -82,21 +82,13 @@ class Project:
 def read_project(root: Path = ROOT) -> Project:
     """Read ``pyproject.toml`` and the variables of the ``Makefile`` in a folder."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    makefile = (root / "Makefile").read_text(encoding="utf-8")
     optional = {name: tuple(texts) for name, texts in project["optional-dependencies"].items()}
     return Project(
         tuple(project["dependencies"]),
         optional,
-        tuple(_variable(makefile, "EXTRAS").split(",")),
-        tuple(_variable(makefile, "BARE").split()),
+        tuple(makefile_variable("EXTRAS", root).split(",")),
+        tuple(makefile_variable("BARE", root).split()),
     )
-
-
-def _variable(makefile: str, name: str) -> str:
-    match = re.search(rf"^{name}\s*:=\s*(.*)$", makefile, re.MULTILINE)
-    if match is None:
-        raise ValueError(f"the Makefile has no variable {name}")
-    return match[1].strip()
 
 
 def lowest_version(requirements: Iterable[Requirement], name: str) -> str:
@@ -123,10 +115,14 @@ def constraints(environment: Environment, project: Project) -> list[str]:
     return [f"{name}=={lowest_version(stated, name)}" for name in environment.lowest]
 
 
+def required(environment: Environment, project: Project) -> list[Requirement]:
+    """Return the requirements of an environment, except for the packages that it leaves out."""
+    requirements = project.requirements(complete(environment, project).extras)
+    return [each for each in requirements if each.name not in environment.without]
+
+
 def targets(environment: Environment, project: Project, wheel: Path) -> list[str]:
     """Return what pip is told to install: the wheel with extras, or with single requirements if some are left out."""
-    extras = complete(environment, project).extras
     if not environment.without:
-        return [f"{wheel}[{','.join(extras)}]"]
-    kept = [each for each in project.requirements(extras) if each.name not in environment.without]
-    return [str(wheel), *dict.fromkeys(map(str, kept))]
+        return [f"{wheel}[{','.join(complete(environment, project).extras)}]"]
+    return [str(wheel), *dict.fromkeys(map(str, required(environment, project)))]

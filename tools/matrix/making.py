@@ -1,4 +1,4 @@
-"""Make environments from empty, and keep them as long as what they require is the same."""
+"""Make environments from empty, and reuse them until their requirements change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.matrix.environments import Environment, Project, complete, constraints, targets
+from tools.matrix.environments import Environment, Project, constraints, required, targets
 from tools.sources import ROOT
 
 FOLDER = ROOT / "build" / "matrix"
@@ -29,7 +29,7 @@ _INSTALLED = (
 
 
 class MatrixError(Exception):
-    """What a user can put right: a missing interpreter, no room, packages that do not go together."""
+    """A problem that the user can fix: a missing interpreter, a full disk, or packages that conflict."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Interpreter:
 
 
 @dataclass(frozen=True)
-class Made:
-    """An environment that is there.
+class ReadyEnvironment:
+    """An environment that is installed.
 
     Attributes:
-        environment: what it is made from.
+        environment: its description.
         folder: where it is.
         versions: the versions of all distributions in it, and that of Python, by name.
         bytes: its size on disk.
@@ -67,49 +67,49 @@ class Made:
         return self.bin / "python"
 
     def variables(self, more: Mapping[str, str]) -> dict[str, str]:
-        """Return the variables of a process in it: none of this environment's own modules are in reach."""
-        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        """Return the variables for a process in it, without those that lead to modules elsewhere."""
+        inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         path = os.pathsep.join([str(self.bin), os.environ.get("PATH", os.defpath)])
-        return {**kept, "PATH": path, "VIRTUAL_ENV": str(self.folder), **more}
+        return {**inherited, "PATH": path, "VIRTUAL_ENV": str(self.folder), **more}
 
 
 def find_interpreter(
-    version: str, given: Mapping[str, str] | None = None, path: str | None = None, own: str = sys.executable
+    version: str, interpreters: Mapping[str, str] | None = None, path: str | None = None, own: str = sys.executable
 ) -> Interpreter:
     """Return a Python of a version that can make virtual environments.
 
     Args:
         version: as in ``3.13``; any version if it is empty.
-        given: interpreters by version, which come before all others.
+        interpreters: paths of interpreters by version, which come before all others.
         path: the folders to look in, by default those of ``PATH``.
-        own: the interpreter that is used if its version is the one that is asked for.
+        own: an interpreter that is used if it has the version.
 
     Raises:
-        MatrixError: there is none. The message names what was found.
+        MatrixError: if there is none; the message lists the interpreters that do not fit.
     """
-    given = given or {}
+    interpreters = interpreters or {}
     folders = (os.environ.get("PATH", "") if path is None else path).split(os.pathsep)
-    found = [os.path.join(folder, f"python{version}") for folder in folders if folder] if version else []
-    candidates = [given[version]] if version in given else [own, *dict.fromkeys(found)]
-    wrong = []
+    on_path = [os.path.join(folder, f"python{version}") for folder in folders if folder] if version else []
+    candidates = [interpreters[version]] if version in interpreters else [own, *dict.fromkeys(on_path)]
+    unsuitable = []
     for candidate in candidates:
         if not os.access(candidate, os.X_OK):
-            wrong += [f"{candidate} is not there"] if version in given else []
+            unsuitable += [f"{candidate} is not there"] if version in interpreters else []
             continue
         done = subprocess.run([candidate, "-c", _PROBE], capture_output=True, text=True, check=False)
-        its = done.stdout.strip()
+        candidate_version = done.stdout.strip()
         if done.returncode:
-            wrong.append(f"{candidate} fails: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-        elif version and its.split(".")[:2] != version.split("."):
-            wrong += [f"{candidate} is Python {its}"] if version in given else []
+            unsuitable.append(f"{candidate} fails: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        elif version and candidate_version.split(".")[:2] != version.split("."):
+            unsuitable += [f"{candidate} is Python {candidate_version}"] if version in interpreters else []
         else:
-            return Interpreter(Path(candidate), its)
+            return Interpreter(Path(candidate), candidate_version)
     raise MatrixError(
         "\n  ".join(
             [
                 f"no Python {version} with venv and ensurepip: install it (on Debian and Ubuntu: apt-get install "
                 f"python{version}-venv), or name it with --python {version}=PATH (make: PYTHONS={version}=PATH)",
-                *wrong,
+                *unsuitable,
             ]
         )
     )
@@ -129,33 +129,32 @@ def build_wheel(folder: Path = FOLDER / "wheel") -> Path:
 
 
 def digest(environment: Environment, project: Project, interpreter: Interpreter) -> str:
-    """Return a digest of what an environment is made from; graftc's own code is not part of it."""
-    extras = complete(environment, project).extras
-    required = sorted(str(each) for each in project.requirements(extras) if each.name not in environment.without)
-    content = [interpreter.version, required, constraints(environment, project), project.bare]
+    """Return a digest of an environment's Python and requirements; graftc's own code is not part of it."""
+    requirements = sorted(map(str, required(environment, project)))
+    content = [interpreter.version, requirements, constraints(environment, project), project.bare]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def made(
+def make_environment(
     environment: Environment,
     project: Project,
     interpreter: Interpreter,
     wheel: Path,
     folder: Path = FOLDER,
     fresh: bool = False,
-) -> Made:
-    """Return an environment with a wheel of graftc, made from empty unless it is there already.
+) -> ReadyEnvironment:
+    """Return an environment with a wheel of graftc, made from empty unless it is installed already.
 
     Args:
-        environment: what it has.
+        environment: its description.
         project: the requirements of graftc.
-        interpreter: the Python that it is made with.
+        interpreter: the Python with which it is made.
         wheel: the wheel; an environment that is kept gets it as well.
         folder: where environments are.
-        fresh: make it again in any case, for instance because pip would find newer releases.
+        fresh: whether to make it again even if nothing changed, for instance to get newer releases.
 
     Raises:
-        MatrixError: there is no room, or pip fails.
+        MatrixError: if the disk has too little space, or pip fails.
     """
     place, log = folder / environment.name, folder / f"{environment.name}.pip.txt"
     wanted = digest(environment, project, interpreter)
@@ -178,11 +177,11 @@ def made(
     else:
         _run([*pip, "--no-index", "--no-deps", "--force-reinstall", str(wheel)], log)
     installed = subprocess.check_output([str(place / "bin" / "python"), "-I", "-c", _INSTALLED], text=True)
-    return Made(environment, place, {"python": interpreter.version, **json.loads(installed)}, _size(place))
+    return ReadyEnvironment(environment, place, {"python": interpreter.version, **json.loads(installed)}, _size(place))
 
 
 def _stored(place: Path) -> dict[str, Any]:
-    """Return what an environment's stamp says; nothing if it was never complete."""
+    """Return the content of an environment's stamp; empty if the environment was never completed."""
     try:
         stored: dict[str, Any] = json.loads((place / _STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.matrix.making import Made
+from tools.matrix.making import ReadyEnvironment
 from tools.matrix.testing import Outcomes
 from tools.matrix.walking import Walked
 
@@ -15,30 +15,30 @@ SHOWN = ("python", "torch", "transformers", "peft", "onnxruntime", "pydantic")
 """The packages whose versions the table shows."""
 
 
-def row_of_tests(made: Made, outcomes: Outcomes) -> dict[str, Any]:
-    """Return what the report says of the tests in an environment."""
+def row_of_tests(ready: ReadyEnvironment, outcomes: Outcomes) -> dict[str, Any]:
+    """Return the entry of the report for the tests in an environment."""
     return {
-        "environment": made.environment.name,
-        "versions": dict(sorted(made.versions.items())),
-        "without": dict(made.environment.without),
+        "environment": ready.environment.name,
+        "versions": dict(sorted(ready.versions.items())),
+        "without": dict(ready.environment.without),
         "passed": len(outcomes.passed),
         "failed": len(outcomes.failed),
         "skipped": len(outcomes.skipped),
         "expected failures": len(outcomes.expected),
         "minutes": round(outcomes.seconds / 60, 1),
-        "gigabytes": round(made.bytes / 1e9, 1),
+        "gigabytes": round(ready.bytes / 1e9, 1),
         "failures": dict(sorted(outcomes.failed.items())),
     }
 
 
-def row_of_walk(made: Made, walked: Walked) -> dict[str, Any]:
-    """Return what the report says of a script."""
+def row_of_walk(ready: ReadyEnvironment, walked: Walked) -> dict[str, Any]:
+    """Return the entry of the report for a script."""
     return {
         "script": walked.script,
-        "environment": made.environment.name,
-        "versions": dict(sorted(made.versions.items())),
+        "environment": ready.environment.name,
+        "versions": dict(sorted(ready.versions.items())),
         "minutes": round(walked.seconds / 60, 1),
-        "gigabytes": round(made.bytes / 1e9, 1),
+        "gigabytes": round(ready.bytes / 1e9, 1),
         "wrong": walked.wrong,
     }
 

@@ -1,4 +1,4 @@
-"""Run the tests of the checkout in an environment, and read what became of each."""
+"""Run the tests of the checkout in an environment, and read their outcomes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.matrix.making import Made
+from tools.makefile import variables_for_tests
+from tools.matrix.making import ReadyEnvironment
 from tools.sources import ROOT
 
 MARKS = "not full and not gate and not gpu"
@@ -19,26 +20,17 @@ MARKS = "not full and not gate and not gpu"
 STORED = "tests/runtime/artifact/test_stored.py"
 """The tests of artifacts that earlier commits wrote; all of them run, whatever their marks."""
 
-VARIABLES = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONDONTWRITEBYTECODE": "",
-}
-"""Those of ``TEST_ENV`` in the Makefile."""
-
 
 @dataclass
 class Outcomes:
-    """What became of tests, by their ids.
+    """The outcomes of tests, by test id.
 
     Attributes:
         passed: those that passed.
-        failed: those that failed, and what kept tests from running, each with the first line of its message.
+        failed: those that failed or could not run, each with the first line of its message.
         skipped: those that were skipped, each with the reason.
         expected: those that failed as they are expected to.
-        seconds: the time of the runs.
+        seconds: how long the runs took.
     """
 
     passed: set[str] = field(default_factory=set)
@@ -56,14 +48,14 @@ class Outcomes:
         self.seconds += other.seconds
 
 
-def run_tests(made: Made, arguments: Sequence[str], jobs: int, xml: Path, root: Path = ROOT) -> Outcomes:
+def run_tests(ready: ReadyEnvironment, arguments: Sequence[str], jobs: int, xml: Path, root: Path = ROOT) -> Outcomes:
     """Run pytest in an environment, and return the outcomes.
 
     Modules of the tests, and graftc itself, are imported from the checkout, which pytest puts in front
     (``pythonpath`` in pyproject.toml). The environment has graftc's wheel for the processes that tests start elsewhere.
 
     Args:
-        made: the environment.
+        ready: the environment.
         arguments: those of pytest.
         jobs: the processes that run tests.
         xml: the file that gets the outcomes in JUnit's format.
@@ -73,10 +65,10 @@ def run_tests(made: Made, arguments: Sequence[str], jobs: int, xml: Path, root: 
     several = ["-n", str(jobs), "--dist", "worksteal"] if jobs > 1 else []
     # The cache of pytest belongs to the checkout's own runs.
     fixed = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={xml}"]
-    command = [str(made.python), "-m", "pytest", *fixed, *several, *arguments]
+    command = [str(ready.python), "-m", "pytest", *fixed, *several, *arguments]
     print("$", shlex.join(command), flush=True)
     start = time.monotonic()
-    status = subprocess.run(command, cwd=root, env=made.variables(VARIABLES), check=False).returncode
+    status = subprocess.run(command, cwd=root, env=ready.variables(variables_for_tests()), check=False).returncode
     outcomes = read_junit(xml, root) if xml.is_file() else Outcomes()
     if status > 1 or (status and not outcomes.failed):
         outcomes.failed["pytest"] = f"ended with status {status}: {shlex.join(arguments)}"

@@ -6,30 +6,30 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tools.docs import blocks
 from tools.matrix.environments import Environment
-from tools.matrix.making import FOLDER, Made
+from tools.matrix.making import FOLDER, ReadyEnvironment
 from tools.matrix.walks import EXTRAS, Code, Page, Script, Shell, Step
 from tools.sources import ROOT
 
 SECONDS = 3600
-"""What a step may take."""
+"""The time limit of a step, in seconds."""
 _WHERE = "import graftc; print(graftc.__file__)"
 
 
 @dataclass(frozen=True)
 class Walked:
-    """What became of a script.
+    """The outcome of a script.
 
     Attributes:
         script: its name.
         wrong: what went wrong, with the page and the line; empty if nothing did.
-        seconds: its time.
-        log: the file with all that it printed.
+        seconds: how long it took.
+        log: the file with its output.
     """
 
     script: str
@@ -45,19 +45,19 @@ def environment_of(script: Script, base: Environment) -> Environment:
 
     Args:
         script: the script.
-        base: what its Python and its lowest versions are.
+        base: the environment that determines its Python and its lowest versions.
     """
     extras = tuple(sorted({*EXTRAS, *script.extras}))
     name = "-".join([f"walk-{base.name}", *sorted({*script.extras} - {*EXTRAS})])
     return replace(base, name=name, extras=extras)
 
 
-def walk(script: Script, made: Made, folder: Path = FOLDER / "walks", root: Path = ROOT) -> Walked:
+def walk(script: Script, ready: ReadyEnvironment, folder: Path = FOLDER / "walks", root: Path = ROOT) -> Walked:
     """Run a script in an empty folder, and stop at the first step that is wrong.
 
     Args:
         script: the script.
-        made: the environment.
+        ready: the environment.
         folder: where the script gets a folder of its own, and its log.
         root: the folder of the pages.
     """
@@ -66,40 +66,40 @@ def walk(script: Script, made: Made, folder: Path = FOLDER / "walks", root: Path
     place.mkdir(parents=True)
     log.unlink(missing_ok=True)
     # Captures of earlier runs are not used.
-    variables = made.variables({"HF_HUB_OFFLINE": "1", "GRAFTC_CACHE": str(folder / f"{script.name}.cache")})
+    variables = ready.variables({"HF_HUB_OFFLINE": "1", "GRAFTC_CACHE": str(folder / f"{script.name}.cache")})
     shutil.rmtree(variables["GRAFTC_CACHE"], ignore_errors=True)
     start = time.monotonic()
-    wrong = _not_the_wheel(made, place, variables)
+    wrong = _not_the_wheel(ready, place, variables)
     for step in () if wrong else script.steps:
-        if wrong := _step(step, made, place, variables, log, root):
+        if wrong := _step(step, ready, place, variables, log, root):
             break
     return Walked(script.name, wrong, time.monotonic() - start, log)
 
 
-def _not_the_wheel(made: Made, place: Path, variables: Mapping[str, str]) -> str:
+def _not_the_wheel(ready: ReadyEnvironment, place: Path, variables: Mapping[str, str]) -> str:
     """Return what is wrong with the graftc that scripts import, if it is not the environment's own."""
-    command = [str(made.python), "-c", _WHERE]
+    command = [str(ready.python), "-c", _WHERE]
     done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, check=False)
-    own = Path(done.stdout.strip() or os.devnull).resolve().is_relative_to(made.folder.resolve())
-    return "" if own else f"graftc is not that of {made.folder}: {done.stdout}{done.stderr}".strip()
+    own = Path(done.stdout.strip() or os.devnull).resolve().is_relative_to(ready.folder.resolve())
+    return "" if own else f"graftc is not that of {ready.folder}: {done.stdout}{done.stderr}".strip()
 
 
-def _step(step: Step, made: Made, place: Path, variables: Mapping[str, str], log: Path, root: Path) -> str:
+def _step(step: Step, ready: ReadyEnvironment, place: Path, variables: Mapping[str, str], log: Path, root: Path) -> str:
     """Run a step, and return what went wrong."""
-    command: Sequence[str]
-    said = place.with_name(f"{place.name}.wrong.txt")
-    said.unlink(missing_ok=True)
+    command: list[str]
+    message_file = place.with_name(f"{place.name}.wrong.txt")
+    message_file.unlink(missing_ok=True)
     match step:
         case Shell(line):
             command = ["sh", "-c", line]
         case Code(_, text):
-            command = [str(made.python), "-P", "-c", text]
+            command = [str(ready.python), "-P", "-c", text]
         case Page(path, first):
             if not (root / path).is_file():
                 return f"{path} is missing"
             # -P: the folder of this file, which is one of the checkout, is not searched for modules.
-            command = [str(made.python), "-P", blocks.__file__, str(root / path)]
-            command = [*command, "--root", str(root), "--wrong", str(said), *(["--first", first] if first else [])]
+            command = [str(ready.python), "-P", blocks.__file__, str(root / path)]
+            command += ["--root", str(root), "--wrong", str(message_file), *(["--first", first] if first else [])]
     with log.open("a", encoding="utf-8") as file:
         print(f"==== {step}", file=file, flush=True)
         try:
@@ -108,6 +108,6 @@ def _step(step: Step, made: Made, place: Path, variables: Mapping[str, str], log
             ).returncode
         except subprocess.TimeoutExpired:
             return f"{step} took more than {SECONDS} s"
-    if status and said.is_file():
-        return said.read_text(encoding="utf-8")
+    if status and message_file.is_file():
+        return message_file.read_text(encoding="utf-8")
     return f"{step} ended with status {status}" if status else ""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tools.makefile import variables_for_tests
 from tools.mutants.areas import ROOT
 
 _WITHOUT = frozenset({".git", "build", "__pycache__", ".venv", ".venv-vllm"})
@@ -66,12 +67,8 @@ class Tree:
         fixed = {
             "PYTHONPATH": os.pathsep.join(path for path in paths if path != "."),
             "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": "1",
-            "MKL_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
         }
-        return {**os.environ, **fixed, **more}
+        return {**os.environ, **variables_for_tests(), **fixed, **more}
 
 
 def _compile(path: Path) -> None:
