@@ -70,6 +70,17 @@ def export_patches() -> dict[str, list[Any]] | None:
     return patches
 
 
+def recorded_outputs() -> dict[str, Any]:
+    """Return the registry of the outputs to record of every model class used in the process, by the class's ``repr``.
+
+    It is a global that the code of every model mentions.
+    """
+    from transformers.utils import output_capturing
+
+    registry: dict[str, Any] = output_capturing._CAN_RECORD_REGISTRY
+    return registry
+
+
 def auto_classes() -> Iterator[Any]:
     """Yield the ``Auto`` classes that load models; transformers has no list of them."""
     from transformers.models.auto import modeling_auto

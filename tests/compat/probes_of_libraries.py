@@ -71,6 +71,14 @@ def models_remember_that_they_have_run() -> None:
     assert "_output_capturing_hooks_installed" in new and new <= ABOUT_ORIGIN
 
 
+@covers("transformers.utils.output_capturing._CAN_RECORD_REGISTRY")
+def classes_are_registered_with_their_outputs() -> None:
+    from graftc.compat.transformers import recorded_outputs
+
+    model = _gpt2()
+    assert str(type(model.transformer)) in recorded_outputs()
+
+
 @covers("transformers.PreTrainedConfig._attn_implementation")
 def configs_choose_an_attention() -> None:
     from transformers import GPT2Config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import warnings
 from pathlib import Path
@@ -61,9 +62,14 @@ def write_exported_model(source: str | Path, destination: str | Path, *, force: 
         The destination.
 
     Raises:
-        GraftError: GC144 if the source cannot be read or has no decoder with a cache, GC063 if the destination exists,
-            GC064 if it cannot be written.
+        GraftError: GC061 if the installed transformers has no `ExportedModel` (before 5.23), GC144 if the source
+            cannot be read or has no decoder with a cache, GC063 if the destination exists, GC064 if it cannot be
+            written.
     """
+    if not hasattr(importlib.import_module("transformers.exporters"), "ExportedModel"):
+        installed = importlib.metadata.version("transformers")
+        message = f"transformers {installed} has no ExportedModel, whose folders this function writes"
+        raise GraftError("GC061", message, hint="pip install 'transformers>=5.23'")
     folder, target = as_path(source), as_path(destination)
     ir = importlib.import_module("onnx_ir")
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import graftc
+from graftc.runtime.artifact.origin import versions
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.loading.verify import verify
 from graftc.specs.errors.diagnostics import GraftError
@@ -116,6 +117,23 @@ def test_older_names_stand_for_the_same_sites_only(code: str | None, changed: An
     edit_manifest(artifact, versions=lambda versions: {**versions, **({"code": code} if code else {})})
     (check,) = [c for c in verify(artifact, STORED["lora_head_bert"].base()).checks if c.passed is False]
     assert check.name == "certificate" and "covers different sites" in check.detail
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("written", "passed"), [({}, False), ({"transformers": "4.0"}, None)], ids=["same", "other"])
+def test_another_structure_is_explained_by_other_versions_only(
+    written: dict[str, str], passed: bool | None, tmp_path: Path
+) -> None:
+    """Other libraries may give another graph of the same model; the same ones may not."""
+    artifact = tmp_path / "artifact"
+    shutil.copytree(artifact_of("lora_head_bert"), artifact)
+    other = {"structure": "0" * 64, "base_structure": "0" * 64}
+    edit_json(artifact, "certificates/fold.json", lambda data: {**data, **other})
+    edit_manifest(artifact, versions=lambda _: {**versions(), **written})
+    verification = verify(artifact, STORED["lora_head_bert"].base())
+    (check,) = [c for c in verification.checks if c.name == "certificate"]
+    assert check.passed is passed and "a different base_structure" in check.detail
+    assert verification.passed is (passed is None)
 
 
 def verified(name: str) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import DynamicCache, GenerationConfig, GPT2Config, LlamaConfig, Qwen3Config, T5Config
 
 from graftc.runtime.onnx_generation import genai_config, genai_obstacle, load, write_exported_model
@@ -110,6 +114,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_exported_model(toy.write(root / "optimum"), root / "exported")
 
 
+def test_an_older_transformers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.exporters", ModuleType("transformers.exporters"))
+    with pytest.raises(GraftError, match=r"GC061.*has no ExportedModel"):
+        write_exported_model(toy.write(tmp_path / "optimum"), tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.skipif(Version(version("transformers")) < Version("5.23"), reason="needs transformers 5.23: ExportedModel")
 class TestExportedModel:
     """A folder that transformers reads."""
 

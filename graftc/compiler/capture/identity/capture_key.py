@@ -30,7 +30,7 @@ from torch import nn
 from graftc.compat.hooks import BACKWARD, FORWARD, global_hooks
 from graftc.compat.modules import RUN_BY_CALLS, children_of, is_compiled, transient_of
 from graftc.compat.operators import OperatorBase, OpOverloadPacket
-from graftc.compat.transformers import ABOUT_ORIGIN
+from graftc.compat.transformers import ABOUT_ORIGIN, recorded_outputs
 from graftc.compiler.capture.identity.fingerprint import config_digest
 from graftc.compiler.capture.identity.objects import (
     VALUES,
@@ -314,7 +314,7 @@ class _Walk:
         data = [kind, self._class(type(value))]
         if isinstance(value, dict | types.MappingProxyType):
             items = list(dict.items(value) if isinstance(value, dict) else value.items())
-            if type(value).__module__ == _RECORDING:  # grows with every model class used in the process
+            if value is recorded_outputs():  # grows with every model class used in the process
                 items = [(k, v) for k, v in items if k in self._kinds]
             pairs = [[inner(k), inner(v, f"[{k!r:.40}]")] for k, v in items]
             data.append(pairs if strict else sorted(pairs, key=repr))
