@@ -16,6 +16,8 @@ _RANK = {**_LINEAR, "rank": 8}
 _SCALED = {**_RANK, "alpha": 16}
 _BUDGET = {"rank": 12, "target_rank": 8, "warmup_steps": 10, "final_steps": 20, "interval": 5, "total_steps": 100}
 
+DECODERS = ("smollm2", "tiny-llama")
+
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "LoRA": {"method": "lora", **_SCALED},
     "rsLoRA": {"method": "lora", **_SCALED, "rslora": True},
@@ -72,18 +74,29 @@ BATCHES: Mapping[str, tuple[int, int]] = {
 def entry(name: str, model: str) -> dict[str, Any]:
     """Return the entry of a spec's ``adapt`` for a row of the table."""
     fields = {**METHODS, **CAUSAL}[name]
-    decoder, tiny = model in ("smollm2", "tiny-llama"), model.startswith("tiny-")
+    decoder, tiny = model in DECODERS, model.startswith("tiny-")
     own = {**fields, **(DECODER.get(name, {}) if decoder else {}), **(TINY.get(name, {}) if tiny else {})}
     if decoder and "role" in own.get("target", {}):
         own["target"] = {"role": [*LAYERS, "ffn.gate"]}
     return own
 
 
+def compared(quick: bool = False) -> tuple[Cell, ...]:
+    """Return the cells of both parts, in the order of the page."""
+    models = ("tiny-bert", "tiny-llama") if quick else ("minilm", "smollm2")
+    return (*_compared(models[0], METHODS, quick), *_compared(models[1], {**METHODS, **CAUSAL}, quick))
+
+
 def parity(quick: bool = False) -> Part:
     """Return the part that compares methods with PEFT, step by step."""
-    models = ("tiny-bert", "tiny-llama") if quick else ("minilm", "smollm2")
-    cells = (*_parity(models[0], METHODS, quick), *_parity(models[1], {**METHODS, **CAUSAL}, quick))
+    cells = tuple(cell for cell in compared(quick) if cell.part == "parity")
     return Part("parity", "experiments.parity:figures", "experiments.parity_plan:model_files", lambda _: cells)
+
+
+def exact(quick: bool = False) -> Part:
+    """Return the part that does so on a decoder that computes everything in float64."""
+    cells = tuple(cell for cell in compared(quick) if cell.part == "exact")
+    return Part("exact", "experiments.exact:figures", "experiments.parity_plan:model_files", lambda _: cells)
 
 
 def model_files(cell: Cell) -> tuple[Path, ...]:
@@ -93,10 +106,11 @@ def model_files(cell: Cell) -> tuple[Path, ...]:
     return files_of(cell.model)
 
 
-def _parity(model: str, names: Mapping[str, Any], quick: bool) -> Iterator[Cell]:
+def _compared(model: str, names: Mapping[str, Any], quick: bool) -> Iterator[Cell]:
     for dtype in DTYPES:
         for name in names:
             adapt = entry(name, model)
             settings = {"adapt": adapt, "noise": NOISE, "batch": list(BATCHES[model])}
             steps = 3 if quick else STEPS
-            yield Cell("parity", name, adapt["method"], model, dtype, RATE, SEED, steps, settings)
+            part = "exact" if dtype == "float64" and model in DECODERS else "parity"
+            yield Cell(part, name, adapt["method"], model, dtype, RATE, SEED, steps, settings)

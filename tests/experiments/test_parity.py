@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import parity
+from experiments import exact, parity
 from experiments.cells import Cell, Sources
 from experiments.explaining import GATES, ROUNDED, UNKNOWN, causes, misses
 from experiments.parity_plan import CAUSAL, METHODS
+from experiments.parity_plan import exact as planned_exact
 from experiments.parity_plan import parity as planned
+from experiments.sources import base_of, batches_of
 from experiments.store import Record
 
 PLANNED = planned(quick=True).plan(lambda _: None)
 CELLS = {(cell.name, cell.dtype): cell for cell in PLANNED if cell.model == "tiny-bert"}
+DOUBLES = planned_exact(quick=True).plan(lambda _: None)
 SOURCES = Sources("", "", {})
 
 
@@ -35,6 +38,27 @@ def test_methods_agree_within_the_gates(name: str) -> None:
     assert own.figures["tensors"] <= 1e-12 and own.figures["merged"] <= 1e-12
     assert own.figures["parameters"] == own.figures["peft_parameters"] > 0
     assert own.figures["start"] != own.figures["end"]
+
+
+@pytest.mark.slow
+def test_a_decoder_agrees_in_float64() -> None:
+    """Losses, final tensors and merged logits agree, which float32 in norms or in the loss would not allow."""
+    (cell,) = (cell for cell in DOUBLES if cell.name == "LoRA")
+    own = Record(cell, SOURCES, exact.figures(cell.to_json()))
+    assert misses(own) == ()
+    assert max(own.figures[name] for name in ("losses", "tensors", "merged")) <= 1e-12
+    assert own.figures["start"] != float(torch.tensor(own.figures["start"]))
+
+
+def test_the_exact_decoder_is_the_same_model() -> None:
+    """Its logits and its loss are those of the model as it is, up to float32 in the latter."""
+    (batch,) = batches_of("tiny-llama", 1, 2, 12, 0)
+    plain = base_of("tiny-llama", torch.float64, 0)(**batch)
+    same = exact.exact(base_of("tiny-llama", torch.float64, 0))(**batch)
+    assert 0 < float((plain.logits - same.logits).detach().abs().max()) < 1e-5
+    assert float(same.loss.detach()) == pytest.approx(float(plain.loss.detach()), abs=1e-6)
+    with pytest.raises(ValueError, match="no norms of Llama"):
+        exact.exact(torch.nn.Linear(2, 3))
 
 
 @pytest.mark.slow

@@ -91,7 +91,8 @@ class MergedRunner(FoldedRunner):
         """Return an instance of the source's class with the folded weights, which plain transformers can save and load.
 
         Raises:
-            GraftError: GC052 if the class cannot hold a folded tensor, GC032 for a source without a config.
+            GraftError: GC052 if the class cannot hold a folded tensor or the source has modules that the class does not
+                build, GC032 for a source without a config.
         """
         return to_transformers(self)
 
@@ -115,7 +116,8 @@ class Merged(ModelRoot, Generic[M]):
         """Return an instance of the source's class with the folded weights, which plain transformers can save and load.
 
         Raises:
-            GraftError: GC052 if the class cannot hold a folded tensor, GC032 for a source without a config.
+            GraftError: GC052 if the class cannot hold a folded tensor or the source has modules that the class does not
+                build, GC032 for a source without a config.
         """
         model: M = self._graftc.to_transformers()
         return model

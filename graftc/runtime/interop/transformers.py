@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -74,14 +75,47 @@ def _plain_config(config: Any) -> Any:
     return plain
 
 
+def _require_as_built(compilation: Compilation, built: nn.Module) -> None:
+    """Raise if the source runs other code in a module than a new instance of its class does.
+
+    Modules with packed weights are replaced by the libraries that packed them, and are not compared.
+
+    Raises:
+        GraftError: GC052.
+    """
+    source, packed = compilation.source, {name.rpartition(".")[0] for name in compilation.store.packed}
+    live = dict(source.named_modules(remove_duplicate=False))
+    for path, module in built.named_modules(remove_duplicate=False):
+        if path not in live:
+            difference = f"{path} is missing"
+        elif path not in packed and _code_of(live[path]) is not _code_of(module):
+            difference = f"{path or 'the model'} is a {type(live[path]).__name__} that runs other code"
+        else:
+            continue
+        message = f"{difference}; {type(source).__name__} builds a {type(module).__name__} there"
+        hint = "export to ONNX or .pt2 instead, which contain the graph of the model as it is"
+        raise GraftError("GC052", message, hint=hint)
+
+
+def _code_of(module: nn.Module) -> Any:
+    """Return the function that a module's forward pass runs, below wrappers such as Accelerate's."""
+    forward = inspect.unwrap(module.forward)
+    return getattr(forward, "__func__", forward)
+
+
 def to_transformers(merged: FoldedModel) -> Any:
-    """Implement `Merged.to_transformers`: build the model on the meta device, then insert the folded tensors."""
+    """Implement `Merged.to_transformers`: build the model on the meta device, then insert the folded tensors.
+
+    Raises:
+        GraftError: GC052, GC032 and GC166 as in `Merged.to_transformers`.
+    """
     source = merged.compilation.model
     require_plain(merged.store)
     if config_of(source) is None:
         raise GraftError("GC032", f"{type(source).__name__} has no config to build it from")
     with torch.device("meta"):
         model: Any = type(merged.compilation.source)(_plain_config(source.config))
+    _require_as_built(merged.compilation, model)
     tensors = merged.folded_state_dict()
     known = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
     missing = [name for name in merged.additions if name not in known]
