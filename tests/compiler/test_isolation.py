@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 import graftc
+from graftc.compat.hooks import global_hooks
 from graftc.compiler.capture.isolation import exclusive, isolated
 from graftc.passes.core.ir.printer import format_program
+from graftc.specs.errors.diagnostics import GraftError
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "fc"}}]}
 EXAMPLE = {"x": torch.zeros(2, 6)}
@@ -289,3 +292,35 @@ def test_hooks_on_every_module_hear_of_other_threads_while_a_graph_is_made() -> 
     thread.join()
     plain(torch.ones(1, 2))
     assert len(calls) == 4
+
+
+def test_hooks_that_a_failed_export_leaves_behind_are_removed() -> None:
+    """torch 2.11 leaves one in every module of the process; hooks of others stay."""
+    table = global_hooks()["global_buffer_registration_hooks"]
+
+    def of_torch(*_: Any) -> None:
+        pass
+
+    of_torch.__module__ = "torch._functorch._aot_autograd.utils"
+    before = dict(table)
+    with pytest.raises(ValueError, match="the export failed"), exclusive():
+        register_module_buffer_registration_hook(of_torch)
+        other = register_module_buffer_registration_hook(lambda *_: None)
+        raise ValueError("the export failed")
+    try:
+        assert table.keys() - before.keys() == {other.id}
+    finally:
+        other.remove()
+
+
+def test_a_model_that_cannot_be_captured_leaves_no_hook() -> None:
+    class Undecided(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * float(x.sum()) if x.sum() > 0 else x
+
+    before = {name: dict(table) for name, table in global_hooks().items()}
+    model = nn.Sequential(nn.Linear(2, 2), Undecided())
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "0"}}]}
+    with pytest.raises(GraftError):
+        graftc.compile(spec, model, example_inputs={"input": torch.ones(1, 2)})
+    assert {name: dict(table) for name, table in global_hooks().items()} == before

@@ -94,9 +94,12 @@ class _OfOthers:
 def _no_global_hooks() -> Iterator[None]:
     """Suspend global module hooks while the block runs: forward hooks in this thread, backward hooks in all threads.
 
-    A backward hook changes the recorded operators by its mere presence.
+    A backward hook changes the recorded operators by its mere presence. Hooks that torch 2.11 leaves behind when an
+    export fails are removed.
     """
     tables = global_hooks()
+    registered = tables["global_buffer_registration_hooks"]
+    known = set(registered)
     forward = (tables["global_forward_pre_hooks"], tables["global_forward_hooks"])
     backward = (tables["global_backward_pre_hooks"], tables["global_backward_hooks"])
     before: list[dict[int, Any]] = [dict(table) for table in (*forward, *backward)]
@@ -111,6 +114,9 @@ def _no_global_hooks() -> Iterator[None]:
             table.update({number: hook for number, hook in hooks.items() if number in table})
         for table, hooks in zip(backward, before[2:], strict=True):
             table.update(hooks)
+        for number in registered.keys() - known:
+            if str(getattr(registered[number], "__module__", "")).startswith("torch._functorch."):
+                del registered[number]
 
 
 def unheard(hook: Any) -> bool:

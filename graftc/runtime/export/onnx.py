@@ -82,7 +82,8 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str], opset: int) 
     except Exception as error:
         hint = "try an older opset: opset=20" if opset > 20 and not module.packed else None
         raise GraftError("GC060", f"the ONNX exporter failed: {first_line(_origin(error))}", hint=hint) from error
-    model = exported.program
+    # Before 5.23, transformers returns torch's ONNXProgram, which contains the model.
+    model = exported.program if hasattr(exported, "program") else exported.model
     _name_tensors(ir, model, module)
     _name_axes(ir, model, module)
     _expand_rotations(ir, model)
