@@ -26,7 +26,7 @@ def build_app() -> typer.Typer:
     )
     app.callback(epilog=_EPILOG)(_graftc)
     for name, command in commands().items():
-        app.command(name)(command)
+        app.command(name, context_settings=command.settings)(command)
     return app
 
 

@@ -95,10 +95,12 @@ class Command(Generic[R]):
         function: the function that returns the record; its first parameter is the `CommandRun`.
         writes: whether the command has ``--out``, ``--dry-run`` and ``--force``.
         live: whether the function calls `CommandRun.working` itself, around its work.
+        foreign: whether options that the command does not have go to its last argument, a list.
     """
 
-    def __init__(self, function: Callable[..., R], *, writes: bool, live: bool) -> None:
+    def __init__(self, function: Callable[..., R], *, writes: bool, live: bool, foreign: bool = False) -> None:
         self.function, self._writes, self._live = function, writes, live
+        self.settings = {"ignore_unknown_options": True} if foreign else {}
         self._show: Callable[[R, Console], None] | None = None
         update_wrapper(self, function)
         options = {"json": (Json, False)}
@@ -165,6 +167,8 @@ class Command(Generic[R]):
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
-def command(*, writes: bool = False, live: bool = False) -> Callable[[Callable[..., R]], Command[R]]:
+def command(
+    *, writes: bool = False, live: bool = False, foreign: bool = False
+) -> Callable[[Callable[..., R]], Command[R]]:
     """Return a decorator that turns a function into a `Command`."""
-    return lambda function: Command(function, writes=writes, live=live)
+    return lambda function: Command(function, writes=writes, live=live, foreign=foreign)

@@ -9,7 +9,7 @@ from typing import Any
 
 _COMMANDS = (
     *("compile", "import_peft", "inspect", "merge", "convert", "export", "card", "sign", "verify", "diff"),
-    *("serve_check", "serve_plan", "generate", "chat", "pet", "check", "roles", "methods", "schema", "demo"),
+    *("serve_check", "serve_plan", "generate", "chat", "pet", "trl", "check", "roles", "methods", "schema", "demo"),
 )
 """The files in `graftc.cli.commands`, each with a command of the same name, in the order in which help lists them."""
 

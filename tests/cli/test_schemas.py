@@ -27,7 +27,7 @@ PUBLISHED = ROOT / "docs" / "schemas"
 SPEC = "adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]\ntrain: [classifier]\n"
 COMMANDS = (
     *("methods", "roles", "check", "compile", "import-peft", "merge", "convert", "export", "card", "sign", "verify"),
-    *("diff", "serve-check", "serve-plan", "inspect", "demo", "demo-llm", "generate", "chat", "pet"),
+    *("diff", "serve-check", "serve-plan", "inspect", "demo", "demo-llm", "generate", "chat", "pet", "trl"),
 )
 
 

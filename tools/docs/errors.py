@@ -39,6 +39,7 @@ _GROUPS = (
     ("GC17", "Patterns and verbalizers"),
     ("GC18", "Data and members of PET"),
     ("GC19", "Adapters that come and go"),
+    ("GC20", "TRL's command line"),
 )
 _INTRO = """\
 Every failure that a spec, a model or a file can cause has a stable code. An error aborts the operation and determines

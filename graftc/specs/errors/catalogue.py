@@ -713,6 +713,16 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "file is not a graph with adaptations as inputs.",
      "The message names what differs. Export a graph of this base with such an adaptation as an input, or choose the "
      "graph that the adapter is for."),
+
+    # TRL's command line.
+    ("GC200", _SPEC, "settings of TRL cannot be used",
+     "The YAML file or an option of `graftc trl` is not one that TRL reads, two of them contradict each other, or no "
+     "adapter is asked for.",
+     "Correct the key that the message names. `trl TRAINER --help` lists the keys and their values."),
+    ("GC201", _FAILED, "a run of TRL cannot start",
+     "TRL, or a library that it uses, could not load the data, the model or its tokenizer, or refused the settings "
+     "before the first step.",
+     "The message is the library's own. `GRAFTC_DEBUG=1` in the environment shows where it comes from."),
 )
 # fmt: on
 

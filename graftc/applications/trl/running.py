@@ -1,0 +1,172 @@
+"""Run a script of TRL's command line with a trainer over a compiled model.
+
+TRL's script runs as it is: ``trl.scripts.sft.main`` loads the data, finds reward functions, trains, saves and uploads.
+It creates one object, of a class that it takes from ``trl`` when it runs, and this class is replaced for the duration
+of the run by a function that loads the base, compiles it and creates TRL's trainer over it. The alternative, a script
+of our own, would have to repeat what TRL's scripts do, and would miss whatever the next release adds to them. A new
+base needs no more than the arguments with which scripts create trainers, ``trl.trainer.utils.create_model_from_path``
+and ``trl.get_peft_config``, all of which are public names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from graftc.applications.trl.adapting import (
+    compiled_for,
+    load_as_trl,
+    parsed_spec,
+    require_for_peft,
+    write_adapter,
+)
+from graftc.applications.trl.refusals import check_settings
+from graftc.applications.trl.settings import TRAINERS, TrlSettings, package, script_of
+from graftc.files.destinations import check_destination
+from graftc.runtime.artifact.places import is_ours
+from graftc.runtime.compiled import Compiled
+from graftc.specs.errors.diagnostics import GraftError, first_line
+
+_WITHOUT_REFERENCE = ("sft", "reward")
+"""Trainers without a reference model."""
+
+_LOADING = ("grpo", "rloo")
+"""Trainers that load reward models with the options for loading models."""
+
+
+@dataclass(frozen=True)
+class TrlRun:
+    """What a run has produced.
+
+    Attributes:
+        folder: TRL's ``output_dir``.
+        adapter: whether the folder contains an adapter for PEFT; without, it contains a state dict of the compiled
+            model, which `graftc.load` reads.
+        artifact: the artifact; None if none was asked for.
+        losses: the losses that the trainer has logged.
+        steps: the number of optimiser steps.
+        compiled: the trained model.
+    """
+
+    folder: Path
+    adapter: bool
+    artifact: Path | None
+    losses: tuple[float, ...]
+    steps: int
+    compiled: Compiled
+
+
+def train(settings: TrlSettings) -> TrlRun:
+    """Train a compiled model in the way in which ``trl TRAINER --config FILE`` trains a model of PEFT.
+
+    Args:
+        settings: what `read_settings` has returned.
+
+    Raises:
+        GraftError: GC061 without TRL or PEFT, GC063 for an artifact that exists, GC072 and GC200 for settings that
+            cannot be honoured, GC115 for a spec that PEFT cannot express if no artifact is to be written, GC130 for
+            several processes, GC201 for whatever stops TRL before its first step; as `graftc.compile` does for a spec
+            or a model that it refuses.
+    """
+    check_settings(settings)
+    if settings.spec is not None:
+        settings = replace(settings, spec=parsed_spec(settings.spec))
+    if settings.artifact is not None:
+        check_destination(settings.artifact, replaceable=is_ours)
+    trl = package("trl")
+    made: list[_Made] = []
+    kind = getattr(trl, TRAINERS[settings.trainer])
+
+    def create(**arguments: Any) -> Any:
+        made.append(_created(kind, settings, arguments))
+        return made[-1].trainer
+
+    with mock.patch.object(trl, TRAINERS[settings.trainer], create), _starting(made):
+        script_of(settings.trainer).main(settings.script, settings.training, settings.model, settings.datasets)
+    result = made[-1]
+    if settings.artifact is not None:
+        result.compiled.eval().save(settings.artifact)
+    history = result.trainer.state.log_history
+    return TrlRun(
+        Path(settings.training.output_dir),
+        result.adapter,
+        settings.artifact,
+        tuple(float(entry["loss"]) for entry in history if "loss" in entry),
+        int(result.trainer.state.global_step),
+        result.compiled,
+    )
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The trainer that a script has created, with its model."""
+
+    trainer: Any
+    compiled: Compiled
+    adapter: bool
+
+
+@contextmanager
+def _starting(made: list[_Made]) -> Iterator[None]:
+    """Turn what libraries raise before there is a trainer into GC201; later errors pass."""
+    try:
+        yield
+    except GraftError:
+        raise
+    except Exception as error:  # scripts load data, reward functions and models of any kind
+        if made:
+            raise
+        raise GraftError("GC201", first_line(error), hint="set GRAFTC_DEBUG=1 for a traceback") from error
+
+
+def _created(kind: Any, settings: TrlSettings, arguments: dict[str, Any]) -> _Made:
+    """Return the trainer for the arguments with which a script creates one."""
+    given = {name: value for name, value in arguments.items() if name not in ("model", "args", "peft_config")}
+    given.pop("quantization_config", None)  # None: quantised loading has been refused
+    model, tokenizer = load_as_trl(settings)
+    compiled = compiled_for(settings, model)
+    adapter = True
+    try:
+        require_for_peft(compiled)
+    except GraftError as error:
+        if settings.artifact is None:
+            hint = "write an artifact as well, with --artifact DIR"
+            raise GraftError(error.code, error.message, place=error.place, hint=hint, details=error.details) from None
+        adapter = False
+    given |= {"processing_class": tokenizer, "callbacks": [compiled.callback()]}
+    kind = _saving(kind, compiled) if adapter else kind
+    training = settings.training
+    options = training.model_init_kwargs
+    if settings.trainer not in _LOADING:
+        training.model_init_kwargs = None  # the model has been loaded, and TRL would warn that it ignores them
+    try:
+        if settings.trainer in _WITHOUT_REFERENCE:
+            trainer = kind(model=compiled, args=training, **given)
+        else:
+            trainer = compiled.trainer(kind, args=training, **given)
+    finally:
+        training.model_init_kwargs = options
+    return _Made(trainer, compiled, adapter)
+
+
+def _saving(kind: Any, compiled: Compiled) -> Any:
+    """Return a trainer's class whose ``output_dir`` gets an adapter for PEFT; checkpoints stay state dicts."""
+
+    class Saving(kind):  # type: ignore[misc]
+        def save_model(self, output_dir: str | None = None, *rest: Any, **more: Any) -> None:
+            folder = self.args.output_dir if output_dir is None else output_dir
+            if Path(folder).resolve() != Path(self.args.output_dir).resolve():
+                super().save_model(output_dir, *rest, **more)
+            elif self.args.should_save:
+                write_adapter(compiled, Path(folder))
+                self.processing_class.save_pretrained(folder)
+                torch.save(self.args, Path(folder) / "training_args.bin")  # as every trainer does
+
+    Saving.__name__, Saving.__qualname__ = kind.__name__, kind.__qualname__
+    return Saving
