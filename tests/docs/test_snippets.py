@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 import graftc
+from graftc.applications.trl.refusals import check_settings
+from graftc.applications.trl.settings import read_settings
 from graftc.cli import main
 from graftc.compiler.adapting import ADAPT, EVAL
 from graftc.passes.lowering.lower import LOWER
@@ -37,6 +39,8 @@ GUIDES = {
 EXAMPLES = "errors.md"
 PET = "pet.md"
 """The page of what is wrong: its specs have to fail."""
+CONFIGS = ("sft.yaml",)
+"""Files on the page about TRL that are its configs."""
 ALL = [block for page in pages() for block in blocks(page)]
 
 
@@ -65,7 +69,13 @@ def test_there_are_snippets() -> None:
 
 
 @pytest.mark.parametrize(
-    "block", [b for b in of("yaml") if b.page not in (EXAMPLES, PET) and not b.mark.startswith("plugin")], ids=str
+    "block",
+    [
+        b
+        for b in of("yaml")
+        if b.page not in (EXAMPLES, PET) and b.title not in CONFIGS and not b.mark.startswith("plugin")
+    ],
+    ids=str,
 )
 def test_specs_are_valid(block: Block) -> None:
     assert parse_spec(block.text, file=str(block)).adapt
@@ -74,6 +84,12 @@ def test_specs_are_valid(block: Block) -> None:
 @pytest.mark.parametrize("block", [b for b in of("yaml") if b.page == PET], ids=str)
 def test_documents_of_pet_are_valid(block: Block) -> None:
     assert parse_pet_spec(block.text, file=str(block)).patterns
+
+
+@pytest.mark.parametrize("block", [b for b in of("yaml") if b.title in CONFIGS], ids=str)
+def test_configs_of_trl_are_valid(block: Block, tmp_path: Path) -> None:
+    (tmp_path / block.title).write_text(block.text, encoding="utf-8")
+    check_settings(read_settings("sft", tmp_path / block.title))
 
 
 @pytest.mark.parametrize("block", [b for b in of("yaml") if b.mark == "plugin"], ids=str)

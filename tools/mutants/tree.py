@@ -12,7 +12,7 @@ from pathlib import Path
 from tools.makefile import variables_for_tests
 from tools.mutants.areas import ROOT
 
-_WITHOUT = frozenset({".git", "build", "__pycache__", ".venv", ".venv-vllm"})
+_WITHOUT = frozenset({".git", "build", "__pycache__", ".venv", ".venv-vllm", ".venv-axolotl"})
 
 
 class Tree:

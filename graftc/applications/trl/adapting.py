@@ -64,11 +64,18 @@ def compiled_for(settings: TrlSettings, model: Any) -> Compiled:
     """
     if settings.spec is not None:
         return compile(settings.spec, model, seed=settings.training.seed)
-    adapted = package("peft").get_peft_model(model, package("trl").get_peft_config(settings.model))
-    with tempfile.TemporaryDirectory(prefix="graftc-trl-") as folder:
+    return adopted(package("peft").get_peft_model(model, package("trl").get_peft_config(settings.model)))
+
+
+def adopted(adapted: Any) -> Compiled:
+    """Return a compiled model that continues from a model of PEFT, whose base it takes over without its adapters.
+
+    Raises:
+        GraftError: as for `graftc.import_peft`.
+    """
+    with tempfile.TemporaryDirectory(prefix="graftc-peft-") as folder:
         adapted.save_pretrained(folder, save_embedding_layers=False)
-        base = adapted.unload()
-        return import_peft(folder, base)
+        return import_peft(folder, adapted.unload())
 
 
 def require_for_peft(compiled: Compiled) -> None:

@@ -44,9 +44,11 @@ def even(completions: list[str], **rest: Any) -> list[float]:
 
 def write_files(folder: Path) -> None:
     """Write the bases ``base`` and ``scoring``, and the data sets ``texts`` and ``pairs``."""
+    words = tokenizer()
     for name, model in (("base", llama()), ("scoring", scoring())):
+        model.config.bos_token_id, model.config.eos_token_id = None, words.eos_token_id
         model.save_pretrained(folder / name)
-        tokenizer().save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
     for name, rows in (("texts", completions(16)), ("pairs", preferences(16))):
         (folder / name).mkdir()
         lines = "\n".join(json.dumps(row) for row in rows)
