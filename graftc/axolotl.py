@@ -1,4 +1,4 @@
-"""A plugin for axolotl, with which ``adapter: graftc`` trains a compiled model: ``plugins: [graftc.axolotl.Plugin]``.
+"""A plugin for axolotl, with which ``adapter: graftc`` trains a compiled model: ``plugins: [graftc.axolotl.GraftcPlugin]``.
 
 axolotl asks its plugins for adapters that it does not have itself. With axolotl's own LoRA settings, axolotl creates
 the adapter as for ``adapter: lora``, and the compiled model continues from it; with ``graftc_spec`` the spec says what
@@ -53,7 +53,7 @@ class GraftcArgs(BaseModel):
     )
 
 
-class Plugin(BasePlugin):  # type: ignore[misc]
+class GraftcPlugin(BasePlugin):  # type: ignore[misc]
     """The plugin; name it in ``plugins``, and set ``adapter: graftc``.
 
     At the end, ``output_dir`` contains an adapter that PEFT loads, unless PEFT cannot express the spec, and the folder

@@ -45,7 +45,7 @@ CONFIG: dict[str, Any] = {
     **{"save_strategy": "no", "bf16": False, "fp16": False, "tf32": False, "gradient_checkpointing": False},
     "dataset_prepared_path": "prepared",
 }
-OURS: dict[str, Any] = {"adapter": "graftc", "plugins": [OBSERVER, "graftc.axolotl.Plugin"]}
+OURS: dict[str, Any] = {"adapter": "graftc", "plugins": [OBSERVER, "graftc.axolotl.GraftcPlugin"]}
 
 
 @pytest.fixture
