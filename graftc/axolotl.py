@@ -1,4 +1,4 @@
-"""A plugin for axolotl, with which ``adapter: graftc`` trains a compiled model: ``plugins: [graftc.axolotl.GraftcPlugin]``.
+"""A plugin for axolotl, ``graftc.axolotl.GraftcPlugin``, with which ``adapter: graftc`` trains a compiled model.
 
 axolotl asks its plugins for adapters that it does not have itself. With axolotl's own LoRA settings, axolotl creates
 the adapter as for ``adapter: lora``, and the compiled model continues from it; with ``graftc_spec`` the spec says what
