@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.loaders.adapter import load_lora
 from pydantic import BaseModel, Field
 
 from graftc.applications.trl.adapting import adopted, parsed_spec, require_for_peft, write_adapter
+from graftc.applications.trl.refusals import unsupported
 from graftc.files.destinations import check_destination
 from graftc.runtime.api import compile
 from graftc.runtime.artifact.places import is_ours
@@ -71,14 +73,12 @@ class GraftcPlugin(BasePlugin):  # type: ignore[misc]
             return
         for key, instead in _INSTEAD.items():
             if value := cfg.get(key):
-                message = f"a compiled model does not support axolotl's {key}: {value}"
-                raise GraftError("GC072", message, hint=f"instead: {instead}")
+                raise unsupported(f"axolotl's {key}: {value}", instead)
         if cfg.get("gradient_checkpointing"):
-            given = cfg.get("gradient_checkpointing_kwargs") or {}
-            if given.get("use_reentrant"):
-                hint = "instead: gradient_checkpointing_kwargs: {use_reentrant: false}"
-                raise GraftError("GC072", "a compiled model does not support use_reentrant: true", hint=hint)
-            cfg["gradient_checkpointing_kwargs"] = {**given, "use_reentrant": False}  # axolotl's default is true
+            options = cfg.get("gradient_checkpointing_kwargs") or {}
+            if options.get("use_reentrant"):
+                raise unsupported("use_reentrant: true", "gradient_checkpointing_kwargs: {use_reentrant: false}")
+            cfg["gradient_checkpointing_kwargs"] = {**options, "use_reentrant": False}  # axolotl's default is true
         if (spec := cfg.get("graftc_spec")) is not None:
             parsed_spec(spec)
         if (artifact := cfg.get("graftc_artifact")) is not None:
@@ -110,8 +110,6 @@ class GraftcPlugin(BasePlugin):  # type: ignore[misc]
         if cfg.graftc_spec is not None:
             compiled = compile(_plain(cfg.graftc_spec), model, seed=cfg.seed)
         else:
-            from axolotl.loaders.adapter import load_lora
-
             compiled = adopted(load_lora(model, cfg)[0])
         if cfg.graftc_artifact is None:
             require_for_peft(compiled)
@@ -127,12 +125,12 @@ class GraftcPlugin(BasePlugin):  # type: ignore[misc]
             return
         model.eval()
         if cfg.graftc_artifact is not None:
-            # axolotl calls this more than once; what else is in the folder's place has been refused at the beginning.
+            # axolotl calls this more than once; anything else at this path was refused at the start.
             model.save(cfg.graftc_artifact, force=True)
             try:
                 require_for_peft(model)
             except GraftError:
-                return  # the artifact says all that there is to say
+                return  # the artifact contains everything
         write_adapter(model, Path(cfg.output_dir))
 
 

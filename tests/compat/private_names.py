@@ -112,13 +112,18 @@ def uses(
 def inherited_by(module: str) -> Callable[[str], Set[str]]:
     """Return a function that returns the private names which a class of a module has from libraries, by its name.
 
-    Of classes that are not at the top of the module, all are assumed.
+    Of classes that are not at the top of the module, and of a module whose library is not installed, all are assumed.
     """
     from torch import nn
 
     @cache
     def names(cls: str) -> Set[str]:
-        own = vars(importlib.import_module(module))
+        try:
+            own = vars(importlib.import_module(module))
+        except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] == "graftc":
+                raise
+            return library_names()
         if not isinstance(own.get(cls), type):
             return library_names()
         bases = [base for base in own[cls].__mro__ if base.__module__.partition(".")[0] not in ("graftc", "builtins")]

@@ -39,7 +39,7 @@ GUIDES = {
 EXAMPLES = "errors.md"
 PET = "pet.md"
 """The page of what is wrong: its specs have to fail."""
-CONFIGS = ("sft.yaml",)
+CONFIGS = ("sft.yaml", "loreft.yaml")
 """Files on the page about TRL that are its configs."""
 ALL = [block for page in pages() for block in blocks(page)]
 

@@ -46,7 +46,7 @@ _OF_TRAINING = (
     Refused(
         "gradient_checkpointing_kwargs",
         "gradient_checkpointing_kwargs: {use_reentrant: false}",
-        lambda given: isinstance(given, dict) and bool(given.get("use_reentrant")),
+        lambda options: isinstance(options, dict) and bool(options.get("use_reentrant")),
     ),
     Refused(
         "chat_template_path",
@@ -58,9 +58,16 @@ _OF_TRAINING = (
         "a checkpoint that graftc trl wrote, or graftc import-peft for the adapter",
         lambda path: isinstance(path, str) and (Path(path) / CONFIG).is_file(),
     ),
-    Refused("model_init_kwargs", _PACKED, lambda given: isinstance(given, dict) and "quantization_config" in given),
+    Refused(
+        "model_init_kwargs", _PACKED, lambda options: isinstance(options, dict) and "quantization_config" in options
+    ),
 )
 _LORA = ("use_rslora", "use_dora")
+
+
+def unsupported(setting: str, instead: str) -> GraftError:
+    """Return the error for a setting that a compiled model cannot honour, with the alternative."""
+    return GraftError("GC072", f"a compiled model does not support {setting}", hint=f"instead: {instead}")
 
 
 def check_settings(settings: TrlSettings) -> None:
@@ -70,12 +77,11 @@ def check_settings(settings: TrlSettings) -> None:
         GraftError: GC061 without PEFT if its settings are used, GC072 for a setting that cannot be honoured, GC130 for
             several processes or devices, GC200 for settings that contradict each other.
     """
-    for given, table in ((settings.model, _OF_MODELS), (settings.training, _OF_TRAINING)):
+    for config, table in ((settings.model, _OF_MODELS), (settings.training, _OF_TRAINING)):
         for each in table:
-            value = getattr(given, each.key, None)
+            value = getattr(config, each.key, None)
             if each.when(value):
-                message = f"a compiled model does not support {each.key}: {_shown(value)}"
-                raise GraftError("GC072", message, hint=f"instead: {each.instead}")
+                raise unsupported(f"{each.key}: {_shown(value)}", each.instead)
     resumed = settings.training.resume_from_checkpoint
     if isinstance(resumed, str) and not Path(resumed).is_dir():
         message = f"resume_from_checkpoint is not a directory: {resumed}"
