@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from graftc.runtime.sources.folder_checks import plain_config
 from graftc.runtime.sources.models import config_of_folder
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.packages import optional_package
 from graftc.specs.errors.text import shown, some
 from graftc.specs.regular_files import JSON_BYTES, read_regular
 from graftc.specs.strict_json import read_json
@@ -59,12 +59,7 @@ def field_problems(engine: Engine, config: Mapping[str, Any], folder: Path) -> I
 
 def genai_problems(engine: Engine, folder: Path) -> Iterator[ServingProblem]:
     """Yield the reasons why ONNX Runtime GenAI does not load a folder, or computes something else with it."""
-    try:
-        onnx = importlib.import_module("onnx")
-    except ImportError:
-        raise GraftError(
-            "GC061", "reading graphs needs the package onnx", hint="pip install 'graftc[export]'"
-        ) from None
+    onnx = optional_package("onnx", "reading graphs", "export")
     if not (folder / GENAI).is_file():
         yield _without_genai_config(onnx, folder)
         return

@@ -42,14 +42,14 @@ _LOADING = ("grpo", "rloo")
 
 @dataclass(frozen=True)
 class TrlRun:
-    """What a run has produced.
+    """The outcome of a run.
 
     Attributes:
         folder: TRL's ``output_dir``.
         adapter: whether the folder contains an adapter for PEFT; without, it contains a state dict of the compiled
             model, which `graftc.load` reads.
         artifact: the artifact; None if none was asked for.
-        losses: the losses that the trainer has logged.
+        losses: the losses that the trainer logged.
         steps: the number of optimiser steps.
         compiled: the trained model.
     """
@@ -80,16 +80,16 @@ def train(settings: TrlSettings) -> TrlRun:
     if settings.artifact is not None:
         check_destination(settings.artifact, replaceable=is_ours)
     trl = package("trl")
-    made: list[_Made] = []
+    created: list[_Created] = []
     kind = getattr(trl, TRAINERS[settings.trainer])
 
     def create(**arguments: Any) -> Any:
-        made.append(_created(kind, settings, arguments))
-        return made[-1].trainer
+        created.append(_create(kind, settings, arguments))
+        return created[-1].trainer
 
-    with mock.patch.object(trl, TRAINERS[settings.trainer], create), _starting(made):
+    with mock.patch.object(trl, TRAINERS[settings.trainer], create), _starting(created):
         script_of(settings.trainer).main(settings.script, settings.training, settings.model, settings.datasets)
-    result = made[-1]
+    result = created[-1]
     if settings.artifact is not None:
         result.compiled.eval().save(settings.artifact)
     history = result.trainer.state.log_history
@@ -104,8 +104,8 @@ def train(settings: TrlSettings) -> TrlRun:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """The trainer that a script has created, with its model."""
+class _Created:
+    """A trainer that a script created, with its model."""
 
     trainer: Any
     compiled: Compiled
@@ -113,22 +113,23 @@ class _Made:
 
 
 @contextmanager
-def _starting(made: list[_Made]) -> Iterator[None]:
+def _starting(created: list[_Created]) -> Iterator[None]:
     """Turn what libraries raise before there is a trainer into GC201; later errors pass."""
     try:
         yield
     except GraftError:
         raise
     except Exception as error:  # scripts load data, reward functions and models of any kind
-        if made:
+        if created:
             raise
         raise GraftError("GC201", first_line(error), hint="set GRAFTC_DEBUG=1 for a traceback") from error
 
 
-def _created(kind: Any, settings: TrlSettings, arguments: dict[str, Any]) -> _Made:
+def _create(kind: Any, settings: TrlSettings, arguments: dict[str, Any]) -> _Created:
     """Return the trainer for the arguments with which a script creates one."""
-    given = {name: value for name, value in arguments.items() if name not in ("model", "args", "peft_config")}
-    given.pop("quantization_config", None)  # None: quantised loading has been refused
+    # The quantization_config is None: quantised loading has been refused.
+    replaced = ("model", "args", "peft_config", "quantization_config")
+    others = {name: value for name, value in arguments.items() if name not in replaced}
     model, tokenizer = load_as_trl(settings)
     compiled = compiled_for(settings, model)
     adapter = True
@@ -139,7 +140,7 @@ def _created(kind: Any, settings: TrlSettings, arguments: dict[str, Any]) -> _Ma
             hint = "write an artifact as well, with --artifact DIR"
             raise GraftError(error.code, error.message, place=error.place, hint=hint, details=error.details) from None
         adapter = False
-    given |= {"processing_class": tokenizer, "callbacks": [compiled.callback()]}
+    others |= {"processing_class": tokenizer, "callbacks": [compiled.callback()]}
     kind = _saving(kind, compiled) if adapter else kind
     training = settings.training
     options = training.model_init_kwargs
@@ -147,12 +148,12 @@ def _created(kind: Any, settings: TrlSettings, arguments: dict[str, Any]) -> _Ma
         training.model_init_kwargs = None  # the model has been loaded, and TRL would warn that it ignores them
     try:
         if settings.trainer in _WITHOUT_REFERENCE:
-            trainer = kind(model=compiled, args=training, **given)
+            trainer = kind(model=compiled, args=training, **others)
         else:
-            trainer = compiled.trainer(kind, args=training, **given)
+            trainer = compiled.trainer(kind, args=training, **others)
     finally:
         training.model_init_kwargs = options
-    return _Made(trainer, compiled, adapter)
+    return _Created(trainer, compiled, adapter)
 
 
 def _saving(kind: Any, compiled: Compiled) -> Any:

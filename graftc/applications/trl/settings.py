@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from graftc.specs.errors.diagnostics import GraftError, correction, first_line
+from graftc.specs.errors.packages import optional_package
 
 TRAINERS: Mapping[str, str] = {
     "sft": "SFTTrainer",
@@ -23,8 +24,6 @@ TRAINERS: Mapping[str, str] = {
     "rloo": "RLOOTrainer",
 }
 """The trainers of TRL's command line that graftc trains with, each with the class that its script creates."""
-
-INSTALL = "pip install 'graftc[trl]'"
 
 
 @dataclass
@@ -63,15 +62,12 @@ class TrlSettings:
 
 
 def package(name: str) -> Any:
-    """Return a package that not everybody has.
+    """Return a package of the extra ``trl``.
 
     Raises:
         GraftError: GC061 if it cannot be imported.
     """
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise GraftError("GC061", f"graftc trl needs the package {name}", hint=INSTALL) from None
+    return optional_package(name, "graftc trl", "trl")
 
 
 def script_of(trainer: str) -> Any:
@@ -121,13 +117,12 @@ def read_settings(
     *parsed, of_config, of_line = read
     _require_known(place, [*_keys(of_config), *_keys(of_line)], parser.dataclass_types)
     script, training, model, datasets, own = parsed
-    given = own.graftc_spec if spec is None else str(spec)
-    folder = own.graftc_artifact if artifact is None else artifact
-    if not isinstance(given, str | Mapping | None):
-        refuse(f"graftc_spec is {type(given).__name__}, neither a path nor a spec")
-    return TrlSettings(
-        trainer, script, training, model, datasets, given, None if folder is None else Path(folder).expanduser()
-    )
+    spec_or_path = own.graftc_spec if spec is None else str(spec)
+    if not isinstance(spec_or_path, str | Mapping | None):
+        refuse(f"graftc_spec is {type(spec_or_path).__name__}, neither a path nor a spec")
+    destination = own.graftc_artifact if artifact is None else artifact
+    folder = None if destination is None else Path(destination).expanduser()
+    return TrlSettings(trainer, script, training, model, datasets, spec_or_path, folder)
 
 
 def _keys(words: Sequence[str]) -> list[str]:

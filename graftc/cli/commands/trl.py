@@ -43,7 +43,7 @@ class TrlResult(CommandResult, behind={"artifact": ("warnings",)}):
     """Optimiser steps."""
 
     losses: tuple[float, ...]
-    """The losses that the trainer has logged, in order."""
+    """The losses that the trainer logged, in order."""
 
     trainable: Annotated[int, Ge(0)]
     """Elements that train."""

@@ -25,6 +25,7 @@ from graftc.runtime.export.module import ExportModule
 from graftc.runtime.export.onnx_packed import PACKED_OPSET, lower_packed
 from graftc.runtime.onnx_generation.adapter_files import SUFFIX
 from graftc.specs.errors.diagnostics import GraftError, first_line
+from graftc.specs.errors.packages import optional_package
 
 TOLERANCE = 1e-4
 """The largest allowed difference of a float32 export from torch, relative to the largest output, or to 1 if greater."""
@@ -147,12 +148,7 @@ def package(name: str) -> Any:
     Raises:
         GraftError: GC061 if it is not installed.
     """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise GraftError(
-            "GC061", f"exporting to ONNX needs the package {name}", hint="pip install 'graftc[export]'"
-        ) from error
+    return optional_package(name, "exporting to ONNX", "export")
 
 
 @contextmanager

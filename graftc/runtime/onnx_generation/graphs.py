@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from torch.utils.dlpack import from_dlpack
 from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.onnx_generation.io_names import Slot, slots_of
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
+from graftc.specs.errors.packages import optional_package
 
 Provider = str | tuple[str, Mapping[str, Any]]
 CPU = "CPUExecutionProvider"
@@ -62,14 +62,7 @@ def runtime() -> Any:
     Raises:
         GraftError: GC061 if it is not installed.
     """
-    try:
-        return importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise GraftError(
-            "GC061",
-            "generating from ONNX files needs the package onnxruntime",
-            hint="pip install 'graftc[onnx-runtime]'",
-        ) from error
+    return optional_package("onnxruntime", "generating from ONNX files", "onnx-runtime")
 
 
 def providers_for(requested: Sequence[Provider] | None) -> list[Any]:

@@ -34,7 +34,7 @@ OWN: dict[str, dict[str, Any]] = {
     "grpo": ANSWERS,
     "rloo": ANSWERS,
 }
-"""What the config of each trainer has in addition."""
+"""The keys of each trainer's config that differ from `SETTINGS`."""
 
 
 def even(completions: list[str], **rest: Any) -> list[float]:

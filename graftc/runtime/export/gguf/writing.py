@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from graftc.runtime.export.formats.gguf import FileType
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.packages import optional_package
 
 _TYPES: Mapping[FileType, tuple[str, str]] = {
     "f32": ("F32", "ALL_F32"),
@@ -52,10 +52,7 @@ def package() -> Any:
     Raises:
         GraftError: GC061 if it is not installed.
     """
-    try:
-        return importlib.import_module("gguf")
-    except ImportError:
-        raise GraftError("GC061", "GGUF needs the package gguf", hint="pip install 'graftc[gguf]'") from None
+    return optional_package("gguf", "GGUF", "gguf")
 
 
 def name_of(names: Any, tensor: str) -> str:
