@@ -17,6 +17,7 @@ _SCALED = {**_RANK, "alpha": 16}
 _BUDGET = {"rank": 12, "target_rank": 8, "warmup_steps": 10, "final_steps": 20, "interval": 5, "total_steps": 100}
 
 DECODERS = ("smollm2", "tiny-llama")
+"""Models whose float64 cells belong to the part ``exact``."""
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "LoRA": {"method": "lora", **_SCALED},
@@ -89,14 +90,17 @@ def compared(quick: bool = False) -> tuple[Cell, ...]:
 
 def parity(quick: bool = False) -> Part:
     """Return the part that compares methods with PEFT, step by step."""
-    cells = tuple(cell for cell in compared(quick) if cell.part == "parity")
-    return Part("parity", "experiments.parity:figures", "experiments.parity_plan:model_files", lambda _: cells)
+    return _part("parity", quick)
 
 
 def exact(quick: bool = False) -> Part:
-    """Return the part that does so on a decoder that computes everything in float64."""
-    cells = tuple(cell for cell in compared(quick) if cell.part == "exact")
-    return Part("exact", "experiments.exact:figures", "experiments.parity_plan:model_files", lambda _: cells)
+    """Return the part that compares methods with PEFT on a decoder that computes everything in float64."""
+    return _part("exact", quick)
+
+
+def _part(name: str, quick: bool) -> Part:
+    cells = tuple(cell for cell in compared(quick) if cell.part == name)
+    return Part(name, f"experiments.{name}:figures", "experiments.parity_plan:model_files", lambda _: cells)
 
 
 def model_files(cell: Cell) -> tuple[Path, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -70,14 +71,13 @@ def export_patches() -> dict[str, list[Any]] | None:
     return patches
 
 
-def recorded_outputs() -> dict[str, Any]:
+def recorded_outputs() -> dict[str, Any] | None:
     """Return the registry of the outputs to record of every model class used in the process, by the class's ``repr``.
 
-    It is a global that the code of every model mentions.
+    It is a global that the code of every model mentions; None if no such code has been imported.
     """
-    from transformers.utils import output_capturing
-
-    registry: dict[str, Any] = output_capturing._CAN_RECORD_REGISTRY
+    module: Any = sys.modules.get("transformers.utils.output_capturing")
+    registry: dict[str, Any] | None = None if module is None else module._CAN_RECORD_REGISTRY
     return registry
 
 

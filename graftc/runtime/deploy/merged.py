@@ -60,8 +60,8 @@ class MergedRunner(FoldedRunner):
             force: if true, replace an existing merged model, in one step.
 
         Raises:
-            GraftError: GC050 if an adaptation is left in the graph, GC052 if the class cannot hold a folded tensor,
-                GC063 if the path exists and may not be replaced, GC064 if it cannot be written.
+            GraftError: GC050 if an adaptation is left in the graph, GC052 as in `to_transformers`, GC063 if the path
+                exists and may not be replaced, GC064 if it cannot be written.
         """
         return save_merged(self, as_path(path), force=force)
 
