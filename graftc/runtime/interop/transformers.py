@@ -76,15 +76,16 @@ def _plain_config(config: Any) -> Any:
 
 
 def _require_as_built(compilation: Compilation, built: nn.Module) -> None:
-    """Raise if the source runs other code in a module than a new instance of its class does.
+    """Raise if the model that was captured runs other code in a module than a new instance of its class does.
 
     Modules with packed weights are replaced by the libraries that packed them, and are not compared.
 
     Raises:
         GraftError: GC052.
     """
-    source, packed = compilation.source, {name.rpartition(".")[0] for name in compilation.store.packed}
-    live = dict(source.named_modules(remove_duplicate=False))
+    packed = {name.rpartition(".")[0] for name in compilation.store.packed}
+    # The root of the model that is captured may be graftc's own, around the modules of the source.
+    live = {**dict(compilation.model.named_modules(remove_duplicate=False)), "": compilation.source}
     for path, module in built.named_modules(remove_duplicate=False):
         if path not in live:
             difference = f"{path} is missing"
@@ -92,7 +93,7 @@ def _require_as_built(compilation: Compilation, built: nn.Module) -> None:
             difference = f"{path or 'the model'} is a {type(live[path]).__name__} that runs other code"
         else:
             continue
-        message = f"{difference}; {type(source).__name__} builds a {type(module).__name__} there"
+        message = f"{difference}; {type(built).__name__} builds a {type(module).__name__} there"
         hint = "export to ONNX or .pt2 instead, which contain the graph of the model as it is"
         raise GraftError("GC052", message, hint=hint)
 
