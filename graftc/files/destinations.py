@@ -18,6 +18,9 @@ from graftc.specs.errors.text import quoted
 SEALED: Mapping[str, str] = MappingProxyType({"manifest.json": "artifact", "graftc.json": "merged"})
 """Files that list all other files in their folder, each with the kind of folder that it declares."""
 
+CARD = "README.md"
+"""The file of a merged model's folder that the folder's list leaves out, so that its owner can add and edit it."""
+
 _MOST = 64 * 2**20
 
 
@@ -99,11 +102,15 @@ def _foreign(folder: Path) -> Path | None:
 
 
 def _check_sealed(path: Path) -> None:
-    """Refuse a destination in a folder whose files are all listed: another file would make the folder unreadable."""
+    """Refuse a destination in a folder whose files are all listed: another file would make the folder unreadable.
+
+    The card of a merged model is not refused.
+    """
     inner = Path(os.path.realpath(path.parent))
     for folder in (inner, *inner.parents):
         for name, kind in SEALED.items():
-            if _says(folder / name, kind):
+            free = kind == "merged" and folder == inner and path.name == CARD
+            if not free and _says(folder / name, kind):
                 what = "an artifact" if kind == "artifact" else "a merged model"
                 message = f"{path} is in {folder}, which is {what}: another file in it would make it unreadable"
                 raise GraftError("GC063", message, hint="write to a folder beside it")

@@ -19,6 +19,7 @@ Trainable: TypeAlias = Annotated[bool, Field(description="Whether it trains.")]
 Seconds: TypeAlias = Annotated[float, Ge(0), Field(description="How long it took.")]
 WRITTEN = Field(description="The files that were written.")
 ArtifactFolder: TypeAlias = Annotated[str, Field(description="The artifact's folder.")]
+DescribedFolder: TypeAlias = Annotated[str, Field(description="The folder that the card is about.")]
 GivenModel: TypeAlias = Annotated[str, Field(description="The MODEL argument.")]
 Recomputed: TypeAlias = Annotated[bool, Field(description="Whether layers are computed again in the backward pass.")]
 

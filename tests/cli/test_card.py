@@ -17,7 +17,7 @@ import graftc
 from graftc.runtime.artifact import open_artifact
 from graftc.runtime.card.facts import CardFacts, artifact_facts
 from graftc.runtime.card.markdown import code, fenced
-from graftc.runtime.card.metadata import task_of
+from graftc.runtime.card.metadata import StatedMetadata, task_of
 from graftc.runtime.card.page import render_card
 from graftc.runtime.sources.reference import Reference
 from graftc.specs.errors.diagnostics import GraftError
@@ -27,7 +27,10 @@ from tests.cli.support import run_here, run_valid
 from tests.kit.folders import SPEC, adapted_folder, saved_base, tree_bytes
 from tests.runtime.artifact.support import edit_json
 
-OPTIONS = ["--base-model", "owner/base", "--license", "apache-2.0", "--language", "en", "--tag", "my tag"]
+OPTIONS = [
+    *("--base-model", "owner/base", "--license", "apache-2.0", "--language", "en", "--tag", "my tag"),
+    *("--dataset", "owner/data", "--dataset", "imdb"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,7 @@ def test_the_hub_reads_its_metadata(tmp_path: Path, capsys: pytest.CaptureFixtur
         "pipeline_tag": "text-classification",
         "license": "apache-2.0",
         "language": ["en"],
+        "datasets": ["owner/data", "imdb"],
         "tags": ["graftc", "lora", "my tag"],
     }
     assert {field: value for field, value in data["metadata"].items() if value} == known
@@ -120,7 +124,9 @@ def test_its_commands_work(
 
 @pytest.mark.full
 def test_a_live_model_has_the_same_card(capsys: pytest.CaptureFixture[str]) -> None:
-    text = graftc.load("artifact").card(base_model="owner/base", license="apache-2.0", language=["en"], tags=["my tag"])
+    text = graftc.load("artifact").card(
+        base_model="owner/base", license="apache-2.0", language=["en"], tags=["my tag"], datasets=["owner/data", "imdb"]
+    )
     known = run_here(capsys, "card", "artifact", *OPTIONS).out
     for part in ("## Figures", "## Places", "## Spec", "## Folding"):
         own, other = (re.search(f"{part}\n.*?\n## ", card, re.DOTALL) for card in (text, known))
@@ -149,6 +155,7 @@ def test_files_are_not_overwritten_or_put_into_the_artifact(tmp_path: Path, caps
     [
         ["--base-model", "../base"], ["--base-model", "a/b/c"], ["--base-model", "x\n---"], ["--license", "Apache 2"],
         ["--license", "mit\nlicense: gpl"], ["--language", "English!"], ["--tag", "<b>"], ["--tag", ""],
+        ["--dataset", "a/b/c"], ["--dataset", "x\n---"],
     ],
     ids=str,
 )  # fmt: skip
@@ -220,8 +227,8 @@ def test_names_that_mean_harm(name: str, facts: CardFacts) -> None:
         versions={"graftc": name},
         dtype=name,
     )
-    text, _ = render_card(harmed, base_model="owner/base")
-    plain, _ = render_card(facts, base_model="owner/base")
+    text, _ = render_card(harmed, StatedMetadata(base_model="owner/base"))
+    plain, _ = render_card(facts, StatedMetadata(base_model="owner/base"))
     own, known = tokens_of(text), tokens_of(plain)
     skeleton = [[(t.type, t.tag, t.level) for t in each if t.type.startswith(("heading", "fence", "list"))]
                 for each in (own, known)]  # fmt: skip

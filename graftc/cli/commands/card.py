@@ -1,4 +1,4 @@
-"""``graftc card``: write a model card for an artifact. The base is not needed."""
+"""``graftc card``: write a model card for an artifact, a merged model or a PEFT adapter. The base is not needed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from graftc.cli import completion
 from graftc.cli.command import CommandRun, command
-from graftc.cli.options import ArtifactArgument
 from graftc.records.cards import CardMetadata
-from graftc.records.fields import ArtifactFolder
+from graftc.records.fields import DescribedFolder
 from graftc.records.results import CommandResult
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class CardResult(CommandResult, behind={"metadata": ("warnings",)}):
     """`graftc card DIR --json`."""
 
-    artifact: ArtifactFolder
+    artifact: DescribedFolder
 
     out: str | None = None
     """The file that was written; null where none was."""
@@ -37,14 +37,23 @@ class CardResult(CommandResult, behind={"metadata": ("warnings",)}):
 @command()
 def card(
     run: CommandRun,
-    directory: ArtifactArgument,
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="An artifact, a merged model with its graftc.json, or a PEFT adapter.",
+            show_default=False,
+            autocompletion=completion.artifacts,
+        ),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
             "-o",
             metavar="FILE",
-            help="Where to write; by default the card is printed. The file cannot be inside the artifact.",
+            help="Where to write; by default the card is printed. Inside DIR, this can only be its README.md, and not "
+            "in an artifact.",
             show_default=False,
         ),
     ] = None,
@@ -60,7 +69,11 @@ def card(
     license: Annotated[
         str | None,
         typer.Option(
-            "--license", metavar="ID", help="The license, as a hub id such as apache-2.0.", show_default=False
+            "--license",
+            metavar="ID",
+            help="The license, as a hub id such as apache-2.0. Default: that of the base, if its own card is "
+            "on this machine.",
+            show_default=False,
         ),
     ] = None,
     language: Annotated[
@@ -71,18 +84,26 @@ def card(
         list[str] | None,
         typer.Option("--tag", metavar="TAG", help="An additional tag; may be repeated.", show_default=False),
     ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option("--dataset", metavar="ID", help="A data set on the hub; may be repeated.", show_default=False),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out if it exists.")] = False,
 ) -> CardResult:
-    """Write a model card for the Hugging Face hub: metadata, figures, sites, spec, what folds, and how to use it."""
-    from graftc.files.writing import write_text
-    from graftc.runtime.artifact import open_artifact
-    from graftc.runtime.card.facts import artifact_facts
-    from graftc.runtime.card.page import render_card
+    """Write a model card for the Hugging Face hub: metadata, figures, places, what was or can be folded, and use."""
+    from graftc.files.writing import recover, write_text
+    from graftc.runtime.card.folders import folder_card, takes_card
+    from graftc.runtime.card.metadata import StatedMetadata
 
     run.out, run.force = out, force
-    run.require_destination(directory)
-    facts = artifact_facts(open_artifact(directory))
-    text, metadata = render_card(facts, base_model=base_model, license=license, language=language or (), tags=tag or ())
+    if out is not None and takes_card(directory, out):
+        recover(directory)  # what a killed run left in the folder is not listed
+        run.require_destination()
+    else:
+        run.require_destination(directory)
+    text, metadata = folder_card(
+        directory, StatedMetadata(base_model, license, language or (), tag or (), dataset or ())
+    )
     if out is not None:
         write_text(out, text, force=force)
     return CardResult(artifact=str(directory), out=None if out is None else str(out), card=text, metadata=metadata)

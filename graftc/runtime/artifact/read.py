@@ -15,6 +15,7 @@ from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.identity.fingerprint import Identity, TensorIdentity, replaced_tensors, tensor_digest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.inspect.snapshot import Snapshot, TensorRecord
+from graftc.files.destinations import CARD
 from graftc.files.tensors.folder import Refusal, TensorFolder
 from graftc.files.writing import recover
 from graftc.passes.core.ir.effects import updated
@@ -309,6 +310,8 @@ def files_of(folder: Path, where: str) -> Iterator[str]:
 def open_merged(folder: Path, where: str) -> MergedRecord:
     """Return the record of a merged model, after checking all files of its folder.
 
+    A ``README.md`` that the record does not list is not checked.
+
     Args:
         folder: the folder of the merged model.
         where: the folder named in errors.
@@ -318,7 +321,8 @@ def open_merged(folder: Path, where: str) -> MergedRecord:
             and unlisted files.
     """
     record = read_merged_record(folder, where)
-    _check_files(folder, set(files_of(folder, where)) - {RECORD}, record.files, where)
+    unlisted = {RECORD, *({CARD} - record.files.keys())}
+    _check_files(folder, set(files_of(folder, where)) - unlisted, record.files, where)
     return record
 
 

@@ -10,12 +10,18 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
+from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.resolve.train import TRAIN
 from graftc.records.certificate import Certificate, require_consistent
 from graftc.records.reading import from_json
 from graftc.runtime.artifact.fields import MANIFEST_BYTES, TEXT_BYTES, Digest, File
 from graftc.runtime.artifact.manifest import SCHEMA_VERSION, Versions, damaged, first_error, sealed, unsealed
 from graftc.runtime.artifact.origin import origin
 from graftc.runtime.artifact.places import RECORD
+from graftc.specs.document import Spec
+from graftc.specs.errors.border import library_errors
+from graftc.specs.errors.text import quoted
+from graftc.specs.io import parse_spec
 from graftc.specs.records.record import Record
 from graftc.specs.regular_files import read_regular
 from graftc.specs.strict_json import read_json
@@ -52,7 +58,7 @@ class MergedRecord(Record, closed=True):
     """The certificate of the fold."""
 
     files: Mapping[str, File]
-    """The files of the folder, by name."""
+    """The files of the folder, by name, except for this record and `README.md`, which can be added and edited."""
 
     digest: Digest
     """SHA-256 of this record without its digest."""
@@ -105,6 +111,25 @@ def read_merged_record(folder: Path, where: str) -> MergedRecord:
     if record.base != record.certificate.fingerprint:
         raise damaged(where, RECORD, "names a base other than the certificate's")
     return record
+
+
+def merged_spec(record: MergedRecord, where: str) -> Spec | None:
+    """Return the spec of a merged model's record; None if what was merged was an adapter of PEFT.
+
+    Raises:
+        GraftError: GC082 if it does not contain an adaptation that the certificate covers, or if there is no config of
+            PEFT; the errors of `parse_spec`.
+    """
+    if record.adapter is not None and record.adapter.kind == "peft":
+        with library_errors("GC082", f"{where} is damaged: {RECORD} contains no config of PEFT"):
+            if not isinstance(read_json(record.spec.encode(), TEXT_BYTES), dict):
+                raise ValueError("it is not a mapping")
+        return None
+    spec = parse_spec(record.spec, file=f"the spec in {Path(where) / RECORD}")
+    unknown = [name for name in record.certificate.folded if name not in (*spec.owners, TRAIN, TOKENS)]
+    if unknown:
+        raise damaged(where, RECORD, f"certifies {quoted(unknown[0])}, which is not in its spec")
+    return spec
 
 
 R = TypeVar("R")

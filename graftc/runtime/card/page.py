@@ -1,56 +1,51 @@
-"""Render a model card as Markdown."""
+"""Render the card of an artifact, or of a compiled model, as Markdown."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
+from graftc.compiler.resolve.train import TRAIN
 from graftc.records.cards import CardMetadata
-from graftc.records.certificate import Certificate
 from graftc.records.places import AdaptedPlace
 from graftc.runtime.card.facts import CardFacts
 from graftc.runtime.card.markdown import code, fenced, table
-from graftc.runtime.card.metadata import card_metadata
-from graftc.runtime.sources.reference import Reference
-from graftc.specs.errors.text import abridged, format_layers
+from graftc.runtime.card.metadata import LIBRARY, NOTHING_STATED, StatedMetadata, card_metadata, task_of
+from graftc.runtime.card.sections import (
+    MOST_PLACES,
+    block,
+    card_text,
+    certified,
+    folder_in_code,
+    model_in_code,
+    place_of,
+)
+from graftc.specs.errors.text import format_layers
 from graftc.specs.io import dump_spec
-
-MOST_PLACES = 60
-SPEC = 50_000
-"""The maximum number of characters of a spec that a card shows."""
-
-_WORD = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
-_PATH = re.compile(r"[\w./~-]+", re.ASCII)
+from graftc.specs.registry import method_specs
 
 
-def render_card(
-    facts: CardFacts,
-    *,
-    base_model: str | None = None,
-    license: str | None = None,
-    language: Sequence[str] = (),
-    tags: Sequence[str] = (),
-) -> tuple[str, CardMetadata]:
+def render_card(facts: CardFacts, stated: StatedMetadata = NOTHING_STATED) -> tuple[str, CardMetadata]:
     """Return the card and its metadata.
 
     Args:
         facts: the facts about the model.
-        base_model, license, language, tags: see `card_metadata`.
-
-    Raises:
-        GraftError: GC073 for metadata that the hub does not accept.
+        stated: the metadata that the caller states.
     """
-    import yaml
-
-    metadata = card_metadata(facts, base_model, license, language, tags)
-    known = {field: value for field, value in metadata.to_json().items() if value}
-    front = yaml.safe_dump(known, sort_keys=False, allow_unicode=False, default_flow_style=False)
-    parts = [f"---\n{front}---", *_sections(facts, metadata)]
-    return "\n\n".join(parts) + "\n", metadata
+    known = method_specs()
+    methods = [a.method for a in facts.summary.adaptations if a.method in known and a.name != TRAIN]
+    metadata = card_metadata(
+        stated,
+        facts.base,
+        library=LIBRARY,
+        relation="adapter",
+        task=task_of(facts.summary.model),
+        tags=[LIBRARY, *methods],
+    )
+    return card_text(metadata, _sections(facts, metadata)), metadata
 
 
 def _sections(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
-    base = metadata.base_model or _place(facts.base)
+    base = metadata.base_model or place_of(facts.base)
     title = code(facts.name) if facts.name else f"An adapted {code(facts.summary.model)}"
     yield f"# {title}"
     methods = ", ".join(dict.fromkeys(code(a.method) for a in facts.summary.adaptations)) or "nothing"
@@ -67,22 +62,15 @@ def _sections(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
     yield "## Places"
     yield from _places(facts.snapshot.sites)
     yield "## Spec"
-    yield fenced(_spec(facts), "yaml")
+    yield block(dump_spec(facts.snapshot.spec), "yaml", "spec.yaml", "#")
     yield "## Folding"
     yield from _folding(facts)
     yield "## Use"
     yield from _use(facts, metadata)
-    yield "## Data, evaluation and intended use"
-    yield "The artifact does not record its training data, its evaluation or its intended use: describe them here."
     notes = list(_warnings(facts, metadata))
     if notes:
         yield "## Warnings"
         yield "\n".join(f"- {note}" for note in notes)
-
-
-def _place(base: Reference) -> str | None:
-    """Return the location of a base without anything private: of a path, only the last part."""
-    return base.text.replace("\\", "/").rstrip("/").rpartition("/")[2] if base.text is not None else None
 
 
 def _figures(facts: CardFacts) -> Iterator[str]:
@@ -131,20 +119,15 @@ def _places(sites: Sequence[AdaptedPlace]) -> Iterator[str]:
         yield f"And {len(groups) - MOST_PLACES:,} more kinds of places: `graftc inspect DIR --tree` shows them."
 
 
-def _spec(facts: CardFacts) -> str:
-    text = dump_spec(facts.snapshot.spec)
-    return text if len(text) <= SPEC else f"{abridged(text, SPEC)}\n# {len(text):,} characters: see spec.yaml for all"
-
-
 def _folding(facts: CardFacts) -> Iterator[str]:
     if facts.merged is not None:
         folded = (
             f"{', '.join(map(code, facts.merged.certificate.folded))} is part of the weights of the base in this folder"
         )
-        yield from _certified(folded, facts.merged.certificate)
+        yield from certified(folded, facts.merged.certificate)
     if facts.certificate is not None:
         folded = f"{', '.join(map(code, facts.folded)) or 'Nothing'} can be folded into the base's weights"
-        yield from _certified(folded, facts.certificate)
+        yield from certified(folded, facts.certificate)
     elif facts.merged is None:
         yield "No fold was certified."
     if facts.kept:
@@ -152,32 +135,9 @@ def _folding(facts: CardFacts) -> Iterator[str]:
         yield table(("adaptation", "why"), [(code(name), code(why, 400)) for name, why in facts.kept.items()])
 
 
-def _certified(folded: str, certificate: Certificate) -> Iterator[str]:
-    yield f"{folded}. The certificate of that fold {'passed' if certificate.passed else '**did not pass**'}:"
-    yield table(("check", "found"), list(_evidence(certificate)))
-
-
-def _evidence(certificate: Certificate) -> Iterator[tuple[str, str]]:
-    sites = certificate.sites
-    yield "places", f"{len(sites):,}"
-    if sites:
-        yield "largest difference in float64, unfolded against folded", f"{max(s.algebra for s in sites):.1e}"
-        yield "largest rounding, in units in the last place", f"{max(s.rounding for s in sites):.3f}"
-    for name, value in list(certificate.outputs.items())[:10]:
-        yield f"largest difference of the output {code(name)}", f"{value:.1e} (at most {certificate.budget:.1e})"
-    if flips := sum(route.flips for route in certificate.routes):
-        choices = sum(route.choices for route in certificate.routes)
-        yield "router choices that differ after folding", f"{flips:,} of {choices:,}"
-    yield "element type", code(certificate.dtype) if certificate.dtype else "-"
-    if certificate.additions:
-        yield "biases that folding adds", ", ".join(code(name) for name in certificate.additions[:5])
-
-
 def _use(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
-    folder = facts.name if _WORD.fullmatch(facts.name) and len(facts.name) <= 100 else "DIR"
-    base = metadata.base_model or ""
-    named = base if _is_argument(base) else "MODEL"
-    yield f"`pip install graftc`. {f'`{folder}`' if folder != 'DIR' else '`DIR`'} is the artifact's folder" + (
+    folder, named = folder_in_code(facts.name), model_in_code(metadata.base_model)
+    yield f"`pip install graftc`. `{folder}` is the artifact's folder" + (
         ", and `MODEL` the base: a folder, a hub id, or in Python the model itself." if named == "MODEL" else "."
     )
     load = [
@@ -197,11 +157,6 @@ def _use(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
         f"$ graftc inspect {folder} --tree",
     ]
     yield fenced("\n".join(lines), "console")
-
-
-def _is_argument(text: str) -> bool:
-    """Return whether a text can be used unquoted in a command, and as a string in Python."""
-    return len(text) <= 200 and not text.startswith("-") and (_PATH.fullmatch(text) is not None)
 
 
 def _warnings(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:

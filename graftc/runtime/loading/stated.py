@@ -1,11 +1,10 @@
-"""Compare what an artifact, or the record of a merged model, states with what follows from the spec and the graphs."""
+"""Compare what an artifact states with what follows from its spec and its graphs."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
 from torch import fx
 
@@ -13,17 +12,10 @@ from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.roles.structure import roles_of
-from graftc.runtime.artifact.fields import TEXT_BYTES
-from graftc.runtime.artifact.manifest import damaged
-from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.artifact.read import Artifact
-from graftc.runtime.artifact.records import MergedRecord
 from graftc.specs.claims import SiteKind
-from graftc.specs.document import Spec
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.text import quoted
-from graftc.specs.io import parse_spec
-from graftc.specs.strict_json import read_json
 
 MOST = 2**26
 """Maximum number of elements, apart from sizes that vary, of a value in a graph whose roles are looked for: a graph may
@@ -107,22 +99,3 @@ def differing(artifact: Artifact, now: Snapshot) -> Iterator[str]:
                 yield f"{field} of {before.adaptation} at {before.key} is stated as {stated}, but is {actual}"
     if artifact.manifest.trained != now.trained:
         yield "the tensors that train are not those that are stated"
-
-
-def merged_spec(record: MergedRecord, where: str) -> Spec | None:
-    """Return the spec of a merged model's record; None if what was merged was an adapter of PEFT.
-
-    Raises:
-        GraftError: GC082 if it does not contain an adaptation that the certificate covers, or if there is no config of
-            PEFT; the errors of `parse_spec`.
-    """
-    if record.adapter is not None and record.adapter.kind == "peft":
-        with library_errors("GC082", f"{where} is damaged: {RECORD} contains no config of PEFT"):
-            if not isinstance(read_json(record.spec.encode(), TEXT_BYTES), dict):
-                raise ValueError("it is not a mapping")
-        return None
-    spec = parse_spec(record.spec, file=f"the spec in {Path(where) / RECORD}")
-    unknown = [name for name in record.certificate.folded if name not in (*spec.owners, TRAIN, TOKENS)]
-    if unknown:
-        raise damaged(where, RECORD, f"certifies {quoted(unknown[0])}, which is not in its spec")
-    return spec

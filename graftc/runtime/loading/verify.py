@@ -19,12 +19,12 @@ from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.artifact.origin import are_installed, code_digest
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.artifact.read import Artifact, open_artifact, open_merged
-from graftc.runtime.artifact.records import read_merged_record
+from graftc.runtime.artifact.records import merged_spec, read_merged_record
 from graftc.runtime.artifact.write import BUNDLED
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.loading.load import base_of, different_graph, load_artifact
-from graftc.runtime.loading.stated import differing, has_roles, merged_spec, misplaced, misstated
+from graftc.runtime.loading.stated import differing, has_roles, misplaced, misstated
 from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from graftc.compiler.capture.isolation import isolated
 from graftc.runtime.card.facts import CardFacts
+from graftc.runtime.card.metadata import StatedMetadata
 from graftc.runtime.card.page import render_card
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.model.feature import Feature
@@ -48,19 +49,23 @@ class Presenting(Feature):
         license: str | None = None,
         language: Sequence[str] = (),
         tags: Sequence[str] = (),
+        datasets: Sequence[str] = (),
     ) -> str:
         """Return a model card in Markdown with the hub's metadata; ``graftc card DIR`` creates one for an artifact.
 
         Args:
             certify: whether to fold the adaptations that can be folded, as `save` does, and report the result.
             base_model: the base's hub id; by default the one that transformers has recorded for the model.
-            license: the licence in the hub's form, such as ``"apache-2.0"``.
+            license: the licence in the hub's form, such as ``"apache-2.0"``; by default that of the base, if its own
+                card is on this machine.
             language: the languages in the hub's form, such as ``["en"]``.
             tags: any words.
+            datasets: hub ids of the data sets that the model was trained on.
 
         Raises:
             GraftError: GC073 for metadata that the hub does not accept, GC051 as for `save`.
         """
+        stated = StatedMetadata(base_model, license, language, tags, datasets)
         runner = self.runner
         certificate, kept = certificate_of(runner) if certify else (None, {})
         facts = CardFacts.of(
@@ -74,4 +79,4 @@ class Presenting(Feature):
             merged=None,
             versions={},
         )
-        return render_card(facts, base_model=base_model, license=license, language=language, tags=tags)[0]
+        return render_card(facts, stated)[0]

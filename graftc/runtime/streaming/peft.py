@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
 from graftc.runtime.interop.peft.checks import check_contents, check_convolutions, check_copies
-from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, read_peft, table_form
+from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, peft_digest, read_peft, table_form
 from graftc.runtime.sources.models import load_folder
 from graftc.runtime.streaming.names import FileNames
 from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
@@ -71,7 +70,7 @@ def peft_updates(path: Path, checkpoint: TensorFolder) -> AdapterUpdates:
     trained = adapter.trained.items()
     copies = tuple(Replacement("trained", name, names.of(name), adapter.tensor(key)) for name, key in trained)
     config, order = json.dumps(dict(adapter.config.own)), tuple(name for name, _ in model.named_parameters())
-    return AdapterUpdates("peft", updates, copies, _digest(adapter.folder), "", config, order)
+    return AdapterUpdates("peft", updates, copies, peft_digest(adapter.folder), "", config, order)
 
 
 def _check_complete(adapter: PeftAdapter, model: nn.Module, checkpoint: TensorFolder, names: FileNames) -> None:
@@ -97,14 +96,6 @@ def _check_copies(adapter: PeftAdapter, model: nn.Module, checkpoint: TensorFold
         return None if stored_name is None else checkpoint[stored_name]
 
     check_copies(adapter, {name: tuple(tensor.shape) for name, tensor in tensors}, read)
-
-
-def _digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        with (folder / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _update(

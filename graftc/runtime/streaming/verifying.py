@@ -7,8 +7,7 @@ import os
 from graftc.files.tensors.folder import TensorFolder
 from graftc.files.tensors.writing import FLOATING
 from graftc.runtime.artifact.places import RECORD
-from graftc.runtime.artifact.records import MergedRecord, read_merged_record
-from graftc.runtime.loading.stated import merged_spec
+from graftc.runtime.artifact.records import MergedRecord, merged_spec, read_merged_record
 from graftc.runtime.loading.verify import Verification, verify
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.merge_plan import MergePlan, make_plan

@@ -5,6 +5,7 @@ No model is needed or built; tensors are read on demand.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -287,6 +288,15 @@ def _tables(adapter: PeftAdapter) -> list[PeftModule]:
         rows, order = rows_of(adapter.config, path)
         tables.append(PeftModule(path, "weight", table_rows(rows, path), {"weight": key}, Shaped(order=order)))
     return tables
+
+
+def peft_digest(folder: Path) -> str:
+    """Return the SHA-256 by which records of merges name an adapter: of the digests of its config and its tensors."""
+    digest = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def finite(tensor: Tensor) -> bool:
