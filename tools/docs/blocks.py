@@ -1,13 +1,15 @@
 """Fenced blocks of Markdown pages, in order, with the comment that marks them; ``<!-- run -->`` marks those that run,
 and ``<!-- walk -->`` those that only `make walk` runs: they take real models, engines, or pages before theirs.
 
-``python blocks.py PAGE`` runs the marked blocks of a page in the current folder. This file imports nothing of the
-repository, so that it can be run by an interpreter that has nothing else of it.
+``python blocks.py PAGE`` runs the marked blocks of a page, or the code of a notebook, in the current folder. This file
+imports nothing of the repository, so that it can be run by an interpreter that has nothing else of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import json
 import os
 import re
 import subprocess
@@ -22,6 +24,11 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 RUN = ("run", "walk")
 """The marks of blocks that run as scripts."""
+NOTEBOOK = ".ipynb"
+
+_SHELL = "_in_shell"
+_COMMAND = re.compile(r"^!(.*)$", re.MULTILINE)
+"""A line of a notebook that its shell runs."""
 
 _FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[\w: ]+) -->\n(?:<div[^>]*>\n\n)?)?"
@@ -76,8 +83,13 @@ class BlockError(Exception):
 
 
 def blocks(page: str, language: str | None = None, folder: Path = DOCS) -> list[Block]:
-    """Return the blocks of a page, given by its path in the docs folder or in another one."""
+    """Return the blocks of a page, given by its path in the docs folder or in another one.
+
+    Those of a notebook are its cells of code, all of which run.
+    """
     text = (folder / page).read_text(encoding="utf-8")
+    if page.endswith(NOTEBOOK):
+        return list(_cells(page, text))
     every = [
         Block(
             page, text.count("\n", 0, m.start("ticks")) + 1, m["language"], m["title"] or "", m["text"], m["mark"] or ""
@@ -85,6 +97,18 @@ def blocks(page: str, language: str | None = None, folder: Path = DOCS) -> list[
         for m in _FENCE.finditer(text)
     ]
     return [block for block in every if language in (None, block.language)]
+
+
+def _cells(page: str, text: str) -> Iterator[Block]:
+    """Yield the cells of code in a notebook, whose file has one line for each line of a cell."""
+    seen = 0
+    for cell in json.loads(text)["cells"]:
+        source = cell["source"]
+        if cell["cell_type"] != "code" or not source:
+            continue
+        seen = text.index(json.dumps(source[0], ensure_ascii=False), seen)
+        code = _COMMAND.sub(lambda match: f"{_SHELL}({match[1]!r})", "".join(source))
+        yield Block(page, text.count("\n", 0, seen), "python", "", f"{code}\n", RUN[0])
 
 
 def pages() -> list[str]:
@@ -112,7 +136,11 @@ def run_block(block: Block, scope: dict[str, Any], run: Callable[[str], CommandR
         Path(block.title).write_text(block.text, encoding="utf-8")
     elif block.language == "python":
         # Lines of a traceback are those of the page.
-        exec(compile("\n" * block.line + block.text, block.page, "exec"), scope)
+        tree = ast.parse("\n" * block.line + block.text, block.page)
+        last = tree.body.pop() if block.page.endswith(NOTEBOOK) and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, block.page, "exec"), scope)
+        if isinstance(last, ast.Expr):
+            _display(eval(compile(ast.Expression(last.value), block.page, "eval"), scope))
     else:
         for command in commands_of(block):
             _compare(command, run(command.text))
@@ -146,6 +174,25 @@ def _spaced(line: str) -> str:
     return re.sub(r" +", " ", line).strip()
 
 
+def _display(value: Any) -> None:
+    """Show the value of a notebook cell's last line; of HTML, which notebooks prefer, only the size."""
+    if hasattr(value, "_repr_html_"):
+        print(f"{type(value).__name__}: {len(value._repr_html_()):,} characters of HTML")
+    elif value is not None:
+        print(repr(value))
+
+
+def _without_failure(line: str) -> None:
+    """Run a line of a notebook in a shell.
+
+    Raises:
+        RuntimeError: if it does not end with status 0.
+    """
+    result = in_shell(line)
+    if result.status:
+        raise RuntimeError(f"{line} ended with status {result.status}")
+
+
 def in_shell(line: str) -> CommandResult:
     """Run a line in a shell, show what it prints, and return it."""
     print(f"$ {line}", flush=True)
@@ -177,7 +224,7 @@ def run_page(page: str, folder: Path, first: str | None = None) -> str:
     if not chosen:
         return f"{page}: no block is marked to run" if first is None else f"{page}: no block is {first}"
     sys.path.insert(0, "")  # what a page has written to files can be imported
-    scope: dict[str, Any] = {"__name__": page}
+    scope: dict[str, Any] = {"__name__": page, _SHELL: _without_failure}
     for block in chosen:
         print(f"== {block}: {block.title or block.language}", flush=True)
         try:

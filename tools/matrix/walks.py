@@ -20,7 +20,7 @@ folder.mkdir()
 
 @dataclass(frozen=True)
 class Page:
-    """A page: the blocks marked with ``<!-- run -->``, or the first block of a language."""
+    """A page: the blocks marked with ``<!-- run -->``, or the first block of a language; or a notebook, all of it."""
 
     path: str
     first: str | None = None
@@ -86,6 +86,7 @@ SCRIPTS = (
     ),
     Script("method", (Page("docs/tutorials/method.md"),), extras=("dev",)),
     Script("encoder", (Page("docs/tutorials/encoder.md"),)),
+    Script("notebook", (Page("examples/tour.ipynb"),)),
     Script("vision-language", (Page("docs/tutorials/vision-language.md"),)),
     Script("ten-adapters", (Page("docs/tutorials/ten-adapters.md"),)),
 )
