@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graftc.compiler.capture.cache_names import cache_name
 from graftc.compiler.capture.capture_cache import Known
 from graftc.compiler.capture.identity.fingerprint import Identity, identify, replaced_tensors
 from graftc.compiler.capture.interface import Flags, device_of, parameters
-from graftc.compiler.capture.past import CACHE, CacheLayout, cache_name, probe
+from graftc.compiler.capture.past import CACHE, CacheLayout, probe
 from graftc.compiler.capture.signature import fits, inputs_of
 from graftc.compiler.resolution import CalledResolution, Graphs, Places, Resolution
 from graftc.compiler.resolve.compose import Control, Parts, Unit, controls, narrow_names, units

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compat import pytree
+from graftc.compiler.capture.cache_names import cache_of
 from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.runtime.model.runner import ModelRoot, runner_of
 from graftc.runtime.model.stand_in import encode
@@ -99,7 +100,7 @@ def _called(model: ModelRoot, calls: list[dict[str, Any]]) -> Tensor:
     cache, logits = None, []
     for call in calls:
         outputs = model(**call, cache=cache, use_cache=True)
-        cache = outputs.cache
+        cache = cache_of(outputs)
         logits.append(outputs.logits)
     return torch.cat(logits, 1)
 

@@ -14,6 +14,7 @@ from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, axes_of
 from graftc.passes.core.ir.past_inputs import is_cross
 from graftc.passes.core.ir.printer import format_program
+from tests.kit.language_models import CACHE
 
 
 def taken_over(model: nn.Module, axes: Sequence[Axis] | None = None, **settings: Any) -> Capture:
@@ -47,7 +48,7 @@ def with_past(model: nn.Module, *, crosses: bool = True) -> list[Axis]:
     inputs = {"input_ids": ids, "attention_mask": ids}
     if has_encoder(model):
         inputs |= {"decoder_input_ids": ids}
-    layout = probe(model, inputs, "cache")
+    layout = probe(model, inputs, CACHE)
     if layout.pairs and crosses:  # the encoder need not run
         del inputs["input_ids"]
         inputs[ENCODED] = torch.zeros(2, 4, model.config.d_model)

@@ -17,6 +17,7 @@ from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.testing import families
 from tests.compiler.taken_over import taken_over, with_past
+from tests.kit.language_models import CACHE
 
 WIDTH, DEPTH = 8, 6
 
@@ -234,9 +235,9 @@ def test_a_layer_finds_its_part_of_a_cache_by_its_number() -> None:
 )
 def test_what_a_layer_does_with_a_cache(own: Callable[[Any, Any], Any], count: int) -> None:
     class Own(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
-        def forward(self, hidden_states: Tensor, cache: Any = None, **rest: Any) -> Tensor:
-            scale = own(self, cache) if cache is not None else 1
-            result: Tensor = super().forward(hidden_states, cache=cache, **rest)
+        def forward(self, hidden_states: Tensor, **rest: Any) -> Tensor:
+            scale = own(self, rest[CACHE]) if rest.get(CACHE) is not None else 1
+            result: Tensor = super().forward(hidden_states, **rest)
             return result * scale
 
     model = families.llama(num_hidden_layers=7).requires_grad_(False)

@@ -17,6 +17,7 @@ from graftc.passes.core.ir.printer import format_program
 from graftc.testing import families
 from tests.compiler.taken_over import taken_over, with_past
 from tests.compiler.test_alike import DEPTH, WIDTH, Layer, Stack, once
+from tests.kit.language_models import CACHE
 
 CACHED = (("use_cache", True),)
 
@@ -108,9 +109,10 @@ def test_keys_and_values_of_layers_between_stand_for_one_another(look: Callable[
     inner = type(model.model)
 
     class Looking(inner):  # type: ignore[misc, valid-type]
-        def forward(self, *args: Any, cache: Any = None, **rest: Any) -> Any:
+        def forward(self, *args: Any, **rest: Any) -> Any:
+            cache = rest.get(CACHE)
             scale = look(cache) if cache is not None and cache.layers else 1.0
-            outputs = super().forward(*args, cache=cache, **rest)
+            outputs = super().forward(*args, **rest)
             outputs.last_hidden_state = outputs.last_hidden_state * scale
             return outputs
 

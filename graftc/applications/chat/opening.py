@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from graftc.compiler.capture.cache_names import cache_name
 from graftc.compiler.capture.interface import Interface
-from graftc.compiler.capture.past import cache_name
 from graftc.compiler.missing_weights import require_weights
 from graftc.files.tensors.foreign_folders import require_regular_files
 from graftc.runtime.api import import_peft, load

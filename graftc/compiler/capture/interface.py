@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compat.transformers import attention_of
-from graftc.compiler.capture.past import CACHE, CACHES, ENCODED, USE_CACHE, cache_name
+from graftc.compiler.capture.cache_names import CACHES, cache_name
+from graftc.compiler.capture.past import CACHE, ENCODED, USE_CACHE
 from graftc.passes.core.packing.modules import packed_types
 from graftc.specs.errors.arguments import as_mapping, kind_of
 from graftc.specs.errors.diagnostics import GraftError, nearest

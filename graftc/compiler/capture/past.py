@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compiler.capture.cache_names import CACHES, cache_name
 from graftc.compiler.capture.fixed_cache import (
     begin_fixed,
     fill_fixed,
@@ -29,8 +30,6 @@ from graftc.passes.core.ir.past_inputs import SEEN, is_cross, is_past, past_name
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
-CACHES = ("cache", "past_key_values")
-"""Names of the cache parameter of ``forward``: the current one, and the one in older code."""
 _BEGINS = "_graftc_begins"
 """Attribute of a cache that has passed through a graph: the position of its text's first token."""
 CACHE, USE_CACHE = "cache", "use_cache"
@@ -330,11 +329,6 @@ def _layer(cache: Any, number: int) -> Any:
     while len(cache.layers) <= number:
         cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
     return cache.layers[number]
-
-
-def cache_name(parameters: Iterable[str]) -> str | None:
-    """Return the name of the cache parameter among the parameters of a ``forward``; None if there is none."""
-    return next((name for name in CACHES if name in parameters), None)
 
 
 def assembled(inputs: Mapping[str, Any], parameters: Iterable[str], pairs: bool) -> dict[str, Any]:

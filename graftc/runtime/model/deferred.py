@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from graftc.compat.tensors import version_of
+from graftc.compiler.capture.cache_names import CACHES
 from graftc.compiler.capture.interface import Interface
-from graftc.compiler.capture.past import CACHES, ENCODER, USE_CACHE, new_cache
+from graftc.compiler.capture.past import ENCODER, USE_CACHE, new_cache
 from graftc.specs.errors.diagnostics import GraftError
 
 _HINT = "call with use_cache=True, which creates the cache at once"

@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from graftc.compiler.capture.cache_names import CACHES, under_own_name
 from graftc.compiler.capture.interface import is_transformers
-from graftc.compiler.capture.past import CACHES, USE_CACHE, has_encoder
+from graftc.compiler.capture.past import USE_CACHE, has_encoder
 from graftc.compiler.partial_graphs import cannot_be_cached, require_rows_of_one
 from graftc.compiler.resolve.train import TRAIN
 from graftc.runtime.model.adapted import AdaptedRunner
@@ -59,7 +60,7 @@ class Generating:
         self.require_generating()
         compilation = self.runner.shown.compilation
         with held(compilation, {name: kwargs.pop(name) for name in compilation.controls if name in kwargs}) as chosen:
-            return self._either_way(args, {**kwargs, **chosen})
+            return self._either_way(args, {**under_own_name(kwargs, self.runner.interface.cache), **chosen})
 
     def _either_way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Generate by graphs of entire calls, or by the class's own loop if they cannot be used."""

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from graftc.compat.hooks import without_hooks
 from graftc.compat.transformers import LOOP_ARGUMENTS, given_by_caller, loop_steps
+from graftc.compiler.capture.cache_names import cache_name
 from graftc.compiler.capture.fixed_cache import capacity_of
 from graftc.compiler.capture.interface import Interface
 from graftc.compiler.capture.past import (
     ENCODER,
     MASK,
     POSITIONS,
-    cache_name,
     has_encoder,
     new_cache,
 )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.compiler.capture.cache_names import cache_of
 from graftc.compiler.capture.past import POSITIONS, fill_cache, new_cache, tensors_of
 from graftc.records.verification import CacheReuse, RowReuse
 from graftc.runtime.invocations import positions_of, starts_in_prompt
@@ -56,7 +57,7 @@ class Reusing(Feature):
         with in_eval_mode(runner.module):
             base = runner.within(lambda: runner.of_base().call((), {**rest, "use_cache": True}))
             adapted = runner.within(lambda: runner.call((), {**rest, **starts, "use_cache": True}))
-            caches = [tensors_of(outputs.cache) for outputs in (base, adapted)]
+            caches = [tensors_of(cache_of(outputs)) for outputs in (base, adapted)]
             cut = int(first.min())
             continued = None
             if 0 < cut < ids.shape[1]:

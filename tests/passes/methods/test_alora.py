@@ -16,6 +16,7 @@ from graftc.passes.core.ir.functions import calls
 from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.testing import largest_difference, outputs_of, same_bits
 from graftc.testing.families import tiny
+from tests.kit.language_models import CACHE
 from tests.kit.models import adapted, fresh
 from tests.kit.refusals import no_warning, refused
 from tests.kit.specs import varied
@@ -114,8 +115,8 @@ def test_adding_minus_zero_keeps_every_bit() -> None:
         layer.self_attn.v_proj.bias = torch.nn.Parameter(torch.full((24,), -0.0))
     compiled = adapted(model, varied(ALORA, "attn.v"))
     with torch.no_grad():
-        value = tensors_of(compiled(input_ids=IDS, use_cache=True).cache)["past_0_value"][0, :, :2]
-        base = tensors_of(model(input_ids=IDS, use_cache=True).cache)["past_0_value"][0, :, :2]
+        value = tensors_of(compiled(input_ids=IDS, use_cache=True)[CACHE])["past_0_value"][0, :, :2]
+        base = tensors_of(model(input_ids=IDS, use_cache=True)[CACHE])["past_0_value"][0, :, :2]
     assert torch.equal(value.view(torch.int32), base.view(torch.int32))
 
 
@@ -149,7 +150,7 @@ def test_a_cache_that_the_base_has_filled(compiled: Any) -> None:
     ids, model = IDS[:2], tiny("llama").eval()
     whole = logits_of(compiled, input_ids=ids)
     with torch.no_grad():
-        cache = model(input_ids=ids[:, :2], use_cache=True).cache
+        cache = model(input_ids=ids[:, :2], use_cache=True)[CACHE]
         parts = [compiled(input_ids=ids[:, a:b], cache=cache).logits for a, b in ((2, 6), (6, 7), (7, 8))]
     # The first row is invoked by the first call and the second by the second of its two invocations.
     assert largest_difference([torch.cat(parts, 1)], [whole[:, 2:]]) <= 2e-6 * float(whole.abs().max())
@@ -160,7 +161,7 @@ def test_what_a_cache_does_not_tell(compiled: Any) -> None:
     """A cache that has been changed, or filled by another model, says nothing about the tokens in it."""
     ids = IDS[:2]
     with torch.no_grad():
-        cache = compiled(input_ids=ids[:, :6], use_cache=True).cache
+        cache = compiled(input_ids=ids[:, :6], use_cache=True)[CACHE]
         copied = copy.deepcopy(cache)
         expected = compiled(input_ids=ids[:, 6:], cache=copied).logits
         for change in (lambda: cache.crop(-1), lambda: cache.reorder_cache(torch.tensor([1, 0]))):
@@ -171,7 +172,7 @@ def test_what_a_cache_does_not_tell(compiled: Any) -> None:
         compiled(input_ids=ids[:, 5:6], cache=cache, alora_start=[2, 4])
         again = compiled(input_ids=ids[:, 6:], cache=cache).logits
         with compiled.disabled():
-            cache = compiled(input_ids=ids[:, :6], use_cache=True).cache
+            cache = compiled(input_ids=ids[:, :6], use_cache=True)[CACHE]
         assert refused(compiled, input_ids=ids[:, 6:], cache=cache).code == "GC140"
         assert not torch.equal(compiled(input_ids=ids[:, 6:], cache=cache, alora_start=[2, -1]).logits, expected)
     assert largest_difference([again], [expected]) <= 1e-5
@@ -265,7 +266,7 @@ def test_two_invocations() -> None:
     with both.disabled("other"):
         first = logits_of(both, input_ids=IDS)
         with torch.no_grad():
-            cache = both(input_ids=IDS, use_cache=True).cache
+            cache = both(input_ids=IDS, use_cache=True)[CACHE]
             assert both(input_ids=IDS[:, :1], cache=cache).logits.shape == (4, 1, 101)
     with both.disabled("alora"):
         second = logits_of(both, input_ids=IDS)

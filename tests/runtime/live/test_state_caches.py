@@ -14,6 +14,7 @@ import graftc
 from graftc.passes.core.elements.calls import calls_in
 from graftc.passes.core.ir.layers import layer_path
 from graftc.testing import perturb
+from tests.kit.language_models import CACHE
 from tests.runtime.live.models import forced_apart
 
 
@@ -82,7 +83,7 @@ def test_layers_with_states_are_graphs_in_every_step(build: Any) -> None:
         with torch.no_grad():
             outputs = [each(input_ids=ids, use_cache=True)]
             for step in (ids[:, :1], ids[:, 1:2], ids[:, :3]):
-                outputs.append(each(input_ids=step, cache=outputs[-1].cache, use_cache=True))
+                outputs.append(each(input_ids=step, use_cache=True, **{CACHE: outputs[-1][CACHE]}))
         told.append([output.logits for output in outputs])
     assert all(torch.equal(own, wanted) for own, wanted in zip(told[1], told[0], strict=True))
     perturb(compiled, 0.3)
@@ -139,10 +140,10 @@ def test_a_decoder_that_reads_an_encoder_keeps_both_caches() -> None:
                 again = each(
                     encoder_outputs=(first.encoder_last_hidden_state,),
                     decoder_input_ids=step,
-                    cache=first.cache,
                     use_cache=True,
+                    **{CACHE: first[CACHE]},
                 )
-                caches[name] = again.logits, first.logits, again.cache
+                caches[name] = again.logits, first.logits, again[CACHE]
             for own, wanted in zip(caches["own"][:2], caches["merged"][:2], strict=True):
                 assert torch.allclose(own, wanted, rtol=1e-4, atol=1e-5)
             own, wanted = caches["own"][2], caches["merged"][2]

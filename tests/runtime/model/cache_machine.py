@@ -21,7 +21,7 @@ from torch import Tensor
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.perturbing import perturb
-from tests.kit.language_models import VOCABULARY, language_model
+from tests.kit.language_models import CACHE, VOCABULARY, language_model
 
 TOLERANCE = 2e-4
 """Of logits, over the largest of them."""
@@ -166,8 +166,8 @@ class CacheMachine:
             raise AssertionError("virtual tokens are in front of the whole text")
         with torch.no_grad():
             outputs = self.model(**self.given(start), cache=self.cache, use_cache=True)
-        assert self.cache is None or outputs.cache is self.cache
-        self.cache = outputs.cache
+        assert self.cache is None or outputs[CACHE] is self.cache
+        self.cache = outputs[CACHE]
         assert self.cached == self.ids.shape[1]
         self.close(outputs.logits, self.expected()[:, start:], start)
         return None
@@ -178,7 +178,7 @@ class CacheMachine:
             outputs = self.model(**self.given(0))
         self.close(outputs.logits, self.expected(), 0)
         if not self.virtual:
-            self.cache = outputs.cache
+            self.cache = outputs[CACHE]
         return None
 
     def generated(self, **options: Any) -> Any:
@@ -196,8 +196,8 @@ class CacheMachine:
             self.cache.batch_repeat_interleave(beams)
         outputs = self.model.generate(self.ids, **given, **own, cache=self.cache)
         assert torch.equal(outputs.sequences, expected.sequences), f"{self.setup}, seed {self.seed}: {self.log[-12:]}"
-        assert self.cache is None or outputs.cache is self.cache
-        self.cache = outputs.cache
+        assert self.cache is None or outputs[CACHE] is self.cache
+        self.cache = outputs[CACHE]
         if beams > 1:
             self.rows([row for row in range(len(self.ids)) for _ in range(beams)])
         self.grown(outputs.sequences)

@@ -18,7 +18,7 @@ import graftc
 from graftc.runtime.model.deferred import deferred_cache
 from graftc.testing.families import tiny
 from graftc.testing.perturbing import perturb
-from tests.kit.language_models import language_model, prompt
+from tests.kit.language_models import CACHE, language_model, prompt
 from tests.kit.models import adapted
 from tests.runtime.onnx_generation.onnx_toy import fails
 
@@ -131,9 +131,7 @@ def test_nobody_pays_for_a_cache_that_is_left_alone(source: Any, monkeypatch: py
         )
         outputs = [compiled(input_ids=ids), compiled(input_ids=ids, return_dict=False)]
         assert list(compiled.compilation.signatures) == known and len(runs) == 2
-        assert (
-            isinstance(outputs[0].past_key_values, DynamicCache) and outputs[0]["cache"] is outputs[0].past_key_values
-        )
+        assert isinstance(outputs[0].past_key_values, DynamicCache) and outputs[0][CACHE] is outputs[0].past_key_values
         assert isinstance(outputs[1][1], DynamicCache)
         assert list(compiled.compilation.signatures) == known and len(runs) == 2
         assert outputs[0].past_key_values.get_seq_length() == 9

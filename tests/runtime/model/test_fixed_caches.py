@@ -13,7 +13,7 @@ from transformers import StaticCache
 
 import graftc
 from graftc.testing import perturb
-from tests.kit.language_models import language_model, prompt
+from tests.kit.language_models import CACHE, language_model, prompt
 from tests.kit.models import fresh
 from tests.runtime.onnx_generation.onnx_toy import fails
 
@@ -66,7 +66,7 @@ def test_calls_write_into_the_callers_cache(llama: Any, training: bool) -> None:
     with torch.no_grad():
         expected = compiled(input_ids=ids).logits
         first = compiled(input_ids=ids[:, :5], cache=cache)
-        assert first.cache is cache and int(cache.get_seq_length()) == 5
+        assert first[CACHE] is cache and int(cache.get_seq_length()) == 5
         places = [tensor.data_ptr() for layer in cache.layers for tensor in (layer.keys, layer.values)]
         behind = [compiled(input_ids=ids[:, at : at + 1], cache=cache).logits for at in range(5, ids.shape[1])]
     assert places == [tensor.data_ptr() for layer in cache.layers for tensor in (layer.keys, layer.values)]
@@ -86,8 +86,8 @@ def test_prefixes_are_the_first_contents(kind: str) -> None:
     outputs = compiled.generate(**inputs, **SOME, **STATIC, return_dict_in_generate=True)
     assert torch.equal(outputs.sequences, expected.sequences)
     length = outputs.sequences.shape[1] - 1
-    assert int(outputs.cache.get_seq_length()) == expected.cache.get_seq_length() == length
-    for own, other in zip(outputs.cache.layers, expected.cache.layers, strict=True):
+    assert int(outputs[CACHE].get_seq_length()) == expected[CACHE].get_seq_length() == length
+    for own, other in zip(outputs[CACHE].layers, expected[CACHE].layers, strict=True):
         torch.testing.assert_close(own.keys[:, :, :length], other.keys, rtol=1e-5, atol=1e-5)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import graftc
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing.families import tiny
+from tests.kit.language_models import CACHE
 from tests.kit.models import adapted
 
 LORA: dict[str, Any] = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}
@@ -48,7 +49,7 @@ def test_an_encoder_and_a_decoder_step_by_step() -> None:
             cache, logits = None, []
             for step in range(3):
                 outputs = compiled(**given, decoder_input_ids=tokens[:, step : step + 1], cache=cache, use_cache=True)
-                cache = outputs.cache
+                cache = outputs[CACHE]
                 logits.append(outputs.logits)
             results.append(torch.cat(logits, 1))
     for each in results:

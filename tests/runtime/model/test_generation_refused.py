@@ -10,7 +10,7 @@ from transformers import StaticCache
 
 import graftc
 from graftc.testing.families import tiny
-from tests.kit.language_models import language_model, prompt
+from tests.kit.language_models import CACHE, language_model, prompt
 from tests.kit.models import fresh
 from tests.runtime.onnx_generation.onnx_toy import fails
 
@@ -32,8 +32,8 @@ def test_encoders() -> None:
 @pytest.mark.parametrize(
     "cache",
     [
-        lambda model: language_model("gpt2")(**prompt(model, 2), use_cache=True).cache,
-        lambda model: model(**prompt(model, 3), use_cache=True).cache,
+        lambda model: language_model("gpt2")(**prompt(model, 2), use_cache=True)[CACHE],
+        lambda model: model(**prompt(model, 3), use_cache=True)[CACHE],
         lambda model: StaticCache(config=language_model("mistral").config, max_cache_len=32),
         lambda model: ((torch.zeros(2, 2, 3, 8),) * 2,) * 2,
     ],
@@ -54,7 +54,7 @@ def test_kinds(llama: Any, kind: str) -> None:
 def test_a_cache_that_has_dropped_tokens() -> None:
     source = language_model("gemma3")
     compiled = graftc.compile({"adapt": [LORA]}, source).eval()
-    dropped = source(**prompt(source), use_cache=True).cache
+    dropped = source(**prompt(source), use_cache=True)[CACHE]
     ids = torch.ones(1, 10, dtype=torch.int64)
     with fails("GC140", "window of 8"):
         compiled.generate(ids, attention_mask=ids, cache=dropped)
@@ -116,7 +116,7 @@ def test_rows_of_several_adaptations() -> None:
 @pytest.mark.slow
 def test_a_mask_of_the_new_tokens_alone(llama: Any) -> None:
     given = prompt(llama)
-    cache = llama(**given, use_cache=True).cache
+    cache = llama(**given, use_cache=True)[CACHE]
     one = torch.ones(1, 1, dtype=torch.int64)
     with fails("GC031", r"attention_mask is \[1, 1\]"):
         llama(input_ids=one, attention_mask=one, cache=cache)
