@@ -1,4 +1,4 @@
-"""The names of a cache in calls and outputs: releases of transformers before 5.23, and older code, have another."""
+"""The names of a cache in calls and outputs: releases of transformers before 5.24, and older code, have another."""
 
 from __future__ import annotations
 
