@@ -160,7 +160,8 @@ def _config(compilation: Compilation, main: Resolved, others: Sequence[Resolved]
     config: dict[str, Any] = {
         **{"peft_type": table.types[0], "task_type": task_of(compilation, saved), "inference_mode": True},
         **{"base_model_name_or_path": name, "revision": None, "auto_mapping": None},
-        **dict(table.fixed),
+        # An option that is not set is left out: releases of PEFT that do not have it yet warn about its name.
+        **{option: value for option, value in table.fixed.items() if value is not None},
         **dict(table.when),
         **({"modules_to_save": saved} if saved else {}),
     }
