@@ -30,6 +30,8 @@ def table(model: nn.Module) -> SiteTable:
     """Return the sites of a model's usual signature."""
     store = Store.mirror(model)
     result = captured(CaptureRequest.of(model, default_axes(model), aliases=store.aliases))
+    for name, tensor in result.constants.items():
+        store.add_constant(name, tensor)
     return SiteTable(
         result.program, store, find_structure(result.program.graph, result.constants), dict(model.named_modules())
     )

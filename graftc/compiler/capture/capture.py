@@ -360,10 +360,14 @@ def _numbered(exported: torch.export.ExportedProgram) -> dict[str, str]:
 def _constants(
     program: Program, exported: torch.export.ExportedProgram, names: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors that ``forward`` itself created, named by their contents so that signatures share them."""
+    """Return the tensors that ``forward`` itself created, named by their contents so that signatures share them.
+
+    Equal tensors of one module become one node, as every other tensor has one.
+    """
     own = {names[n] for n in (*exported.state_dict, *exported.graph_signature.non_persistent_buffers)}
     values = {names[number]: value for number, value in exported.constants.items()}
     constants: dict[str, torch.Tensor] = {}
+    nodes: dict[str, fx.Node] = {}
     for node in program.graph.find_nodes(op="get_attr"):
         owner, point, name = str(node.target).rpartition(".")
         value = values.get(f"{owner}{point}{name}")
@@ -373,6 +377,9 @@ def _constants(
         if not value.is_meta:
             digest.update(raw_bytes(value))
         node.target = f"{owner}{point}constant_{digest.hexdigest()[:12]}"
+        if (first := nodes.setdefault(node.target, node)) is not node:
+            node.replace_all_uses_with(first)
+            program.graph.erase_node(node)
         constants[node.target] = value.detach()
     return constants
 
