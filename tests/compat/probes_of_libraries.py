@@ -135,7 +135,7 @@ def modules_may_be_left_as_they_are() -> None:
     assert not bool((model.transformer.h[0].mlp.c_proj.weight == 3).any())
 
 
-@covers("transformers.exporters.utils._PATCHES")
+@covers("transformers.exporters.utils._PATCHES", since=("transformers", "5.22"))
 def patches_of_exports_are_listed() -> None:
     from transformers.exporters import exporter_dynamo, utils
 
@@ -191,7 +191,9 @@ def auto_classes_add_options() -> None:
     assert "_from_auto" in own and own <= {*LOADING_OPTIONS}
 
 
-@covers("transformers.GenerationMixin._prepare_cache_for_generation('_is_user_defined')")
+@covers(
+    "transformers.GenerationMixin._prepare_cache_for_generation('_is_user_defined')", since=("transformers", "5.17")
+)
 def a_cache_of_the_caller_is_marked() -> None:
     from transformers import DynamicCache
 
@@ -274,7 +276,7 @@ def assisted_generation_takes_tokens_back() -> None:
     GenerationMixin._validate_generation_mode(model, mode, GenerationConfig(num_return_sequences=1), {})
 
 
-@covers("peft.utils.transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING")
+@covers("peft.utils.transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING", since=("peft", "0.19"))
 def peft_knows_merged_projections() -> None:
     from graftc.compat.peft import merged_projections
 

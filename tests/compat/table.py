@@ -12,12 +12,22 @@ Probe = Callable[[], None]
 PROBES: dict[str, Probe] = {}
 """The probe of each private name. ``f('text')`` stands for a text in the code of a function, or in a text."""
 
+SINCE: dict[Probe, tuple[str, str]] = {}
+"""The library and release that first had what a probe looks for, if graftc supports earlier ones without it."""
 
-def covers(*names: str) -> Callable[[Probe], Probe]:
-    """Return a decorator that enters a probe of these names into the table."""
+
+def covers(*names: str, since: tuple[str, str] | None = None) -> Callable[[Probe], Probe]:
+    """Return a decorator that enters a probe of these names into the table.
+
+    Args:
+        names: private names.
+        since: the library and release that first had them, if graftc does without them where they are not there.
+    """
 
     def register(probe: Probe) -> Probe:
         PROBES.update(dict.fromkeys(names, probe))
+        if since is not None:
+            SINCE[probe] = since
         return probe
 
     return register

@@ -18,6 +18,8 @@ import graftc
 import graftc.compat
 from tests.compat.private_names import used_in_compat
 from tests.compat.probes import PROBES
+from tests.compat.table import SINCE, Probe
+from tests.kit.releases import is_older, needs
 
 NAMES = sorted(PROBES)
 LONG = ("peft.", "trl.", "torch._dynamo.", "torch.ops.aten._assert", "torch.ops.aten._is_all", "transformers.")
@@ -94,13 +96,21 @@ def remove(patch: pytest.MonkeyPatch, path: str) -> None:
         patch.delattr(owner, name)
 
 
+def needs_what_it_looks_for(probe: Probe) -> None:
+    """Skip a test of a probe if the installed library does not have it yet, and graftc does without it."""
+    if probe in SINCE:
+        needs(*SINCE[probe], "earlier ones do not have it, and graftc does without it")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_name_is_what_graftc_takes_it_for(name: str) -> None:
+    needs_what_it_looks_for(PROBES[name])
     PROBES[name]()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_probe_fails_where_the_name_is_gone(name: str, fresh: pytest.MonkeyPatch) -> None:
+    needs_what_it_looks_for(PROBES[name])
     remove(fresh, name)
     with pytest.raises(Exception):  # noqa: B017
         PROBES[name]()
@@ -110,7 +120,8 @@ def test_a_probe_fails_where_the_name_is_gone(name: str, fresh: pytest.MonkeyPat
 def test_probes_pass_where_nothing_is_gone(fresh: pytest.MonkeyPatch) -> None:
     """The failures above are not due to importing `graftc.compat` anew."""
     for probe in dict.fromkeys(PROBES.values()):
-        probe()
+        if probe not in SINCE or not is_older(*SINCE[probe]):
+            probe()
 
 
 def test_every_private_name_has_a_probe() -> None:

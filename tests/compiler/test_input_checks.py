@@ -73,7 +73,8 @@ def test_it_holds_after_merging_and_saving(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_image_tokens_that_do_not_match_the_images_are_refused() -> None:
     small = llava()
-    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": small.fallback}}]}
+    unread = "**.vision_tower.encoder.layers.2.**"  # only newer releases of transformers return its values
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": small.fallback, "exclude": unread}}]}
     compiled = graftc.compile(spec, small.model, small.first, cache=False).eval()
     for batch in (small.first, small.second):
         ids = batch["input_ids"].clone()

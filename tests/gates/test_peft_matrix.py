@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.interop.adapters import needs_peft
+from tests.kit.releases import needs
 from tests.runtime.interop.judged import run
 from tests.runtime.interop.matrix import COUNT, EXPERTS, FIVE, KINDS, PAIRS, Case, cases
 
@@ -61,7 +61,7 @@ def test_a_sample_is_equal(case: Case, tmp_path: Path) -> None:
 
 
 def test_one_pair_of_factors_for_a_table_and_its_head_is_refused_by_its_field(tmp_path: Path) -> None:
-    needs_peft("0.19", "earlier ones ignore ensure_weight_tying of targets")
+    needs("peft", "0.19", "earlier ones ignore ensure_weight_tying of targets")
     assert run(Case("tied-target", "tied", 0), tmp_path).refused == ("GC112", "ensure_weight_tying")
 
 

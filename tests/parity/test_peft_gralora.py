@@ -14,6 +14,7 @@ import graftc
 from graftc.runtime.model.runner import runner_of
 from graftc.testing.families import tiny
 from tests.kit.comparing import every_tensor
+from tests.kit.releases import peft_config
 from tests.parity.support import MODULES, Case, Names, check_float64, check_nothing_is_written, globs
 
 GRALORA = Names(
@@ -35,7 +36,7 @@ def test_layers(variant: str, family: str) -> None:
     modules, (ours, theirs) = MODULES[family], VARIANTS[variant]
     adaptation = {"method": "gralora", "target": globs(modules), "rank": 4, "alpha": 6, **ours}
     fields = {"r": 4, "alpha": 6, "target_modules": modules, "fan_in_fan_out": family == "gpt2", **theirs}
-    check_float64(Case(family, adaptation, lambda p: p.GraloraConfig(**fields), GRALORA))
+    check_float64(Case(family, adaptation, lambda _: peft_config("GraloraConfig", **fields), GRALORA))
 
 
 @pytest.mark.full
@@ -44,7 +45,7 @@ def test_a_config_starts_as_in_peft(start: bool) -> None:
     """A config becomes a spec with its values, whose tensors have peft's bounds and zeros."""
     peft = pytest.importorskip("peft")
     fields = {"r": 8, "hybrid_r": 2, "gralora_k": 4, "alpha": 5, "gralora_dropout": 0.2, "init_weights": start}
-    config = peft.GraloraConfig(target_modules=["q_proj", "down_proj"], **fields)
+    config = peft_config("GraloraConfig", target_modules=["q_proj", "down_proj"], **fields)
     compiled = graftc.compile(config, tiny("llama"))
     (spec,) = runner_of(compiled).spec.adapt
     assert (spec.rank, spec.hybrid_rank, spec.k, spec.alpha, spec.dropout) == (8, 2, 4, 5, 0.2)

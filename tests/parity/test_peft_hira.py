@@ -18,6 +18,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
 from graftc.testing.families import tiny
 from tests.kit.comparing import every_tensor
+from tests.kit.releases import peft_config
 from tests.parity.support import MODULES, Case, Names, check_float64, check_nothing_is_written, globs
 
 HIRA = Names({"A": "hira_A.default", "B": "hira_B.default"})
@@ -35,7 +36,7 @@ def test_layers(variant: str, family: str) -> None:
     modules, (ours, theirs) = MODULES[family], VARIANTS[variant]
     adaptation = {"method": "hira", "target": globs(modules), "rank": 4, **ours}
     fields = {"r": 4, "target_modules": modules, "fan_in_fan_out": family == "gpt2", **theirs}
-    check_float64(Case(family, adaptation, lambda p: p.HiraConfig(**fields), HIRA, noise=0.2))
+    check_float64(Case(family, adaptation, lambda _: peft_config("HiraConfig", **fields), HIRA, noise=0.2))
 
 
 class Pixels(nn.Module):
@@ -60,7 +61,8 @@ def test_convolutions_and_a_table() -> None:
     torch.manual_seed(0)
     base, x = Pixels().double(), torch.randint(0, 11, (3, 5, 7))
     names = ["table", "wide", "point", "line"]
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.HiraConfig(r=3, target_modules=names)).double().eval()
+    config = peft_config("HiraConfig", r=3, target_modules=names)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).double().eval()
     spec = {"adapt": [{"method": "hira", "target": {"modules": names}, "rank": 3}]}
     ours = graftc.compile(spec, copy.deepcopy(base), {"x": x}).eval()
     perturb(ours, 0.2)
@@ -91,7 +93,7 @@ def test_starts_have_the_distribution_of_pefts(start: bool | str) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     base, names = Pixels(), ["table", "wide", "point", "line"]
-    config = peft.HiraConfig(r=5, target_modules=names, init_weights=start)
+    config = peft_config("HiraConfig", r=5, target_modules=names, init_weights=start)
     drawn: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     for seed in range(20):
         ours = graftc.compile(config, base, {"x": torch.zeros(1, 5, 7, dtype=torch.int64)}, seed=seed)
@@ -115,7 +117,7 @@ def test_starts_have_the_distribution_of_pefts(start: bool | str) -> None:
 def test_ranks_by_module_are_refused() -> None:
     """Peft has a field for them but does not use it, so neither a config nor a folder may have them."""
     peft = pytest.importorskip("peft")
-    config = peft.HiraConfig(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
+    config = peft_config("HiraConfig", r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2})
     theirs = every_tensor(peft.get_peft_model(copy.deepcopy(tiny("llama", layers=1)), config))
     assert {tensor.shape[0] for name, tensor in theirs.items() if "hira_A" in name} == {4}
     with pytest.raises(GraftError, match="rank_pattern") as caught:
@@ -135,7 +137,6 @@ def test_groups_are_refused(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_a_config_starts_as_its_fields_say() -> None:
     """A config becomes a spec with its rank, dropout and initialiser."""
-    peft = pytest.importorskip("peft")
-    config = peft.HiraConfig(r=6, target_modules=["q_proj"], hira_dropout=0.2, init_weights="gaussian")
+    config = peft_config("HiraConfig", r=6, target_modules=["q_proj"], hira_dropout=0.2, init_weights="gaussian")
     (spec,) = runner_of(graftc.compile(config, tiny("llama"))).spec.adapt
     assert (spec.method, spec.rank, spec.dropout, spec.init) == ("hira", 6, 0.2, "gaussian")

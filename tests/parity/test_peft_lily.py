@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.kit.releases import peft_config
 from tests.parity.support import MODULES, Case, Names, check_float64, globs
 
 LINEAR = [family for family in MODULES if family != "gpt2"]
@@ -22,4 +23,5 @@ def test_lily(family: str, stride: int) -> None:
     sizes = {"rank": 4, "num_b": 3, "stride_a": stride, "scaling": 0.6}
     adaptation = {"method": "lily", "target": globs(modules), **sizes}
     fields = {"r": 4, "num_B": 3, "stride_A": stride, "scaling": 0.6, "target_modules": modules}
-    check_float64(Case(family, adaptation, lambda p: p.LilyConfig(**fields), NAMES, noise=0.2, merges=False))
+    case = Case(family, adaptation, lambda _: peft_config("LilyConfig", **fields), NAMES, noise=0.2, merges=False)
+    check_float64(case)

@@ -15,6 +15,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.releases import needs
 from tests.parity.support import MODULES, Case, Names, check_float64, globs, pair
 
 LINEAR = [family for family in MODULES if family != "gpt2"]
@@ -176,6 +177,8 @@ class Blocks:
 
 
 BOFT = Names({"Q": "boft_R.default", "s": "boft_s.default"})
+MERGED_IN_FLOAT32 = "earlier ones merge BOFT in float32 alone"
+
 BOFT_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": ({}, {}),
     "two": ({"factors": 2}, {"boft_n_butterfly_factor": 2}),
@@ -201,6 +204,7 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.sample("llama")
 @pytest.mark.parametrize("family", LINEAR)
 def test_boft(family: str, extension: None) -> None:
+    needs("peft", "0.19", MERGED_IN_FLOAT32)
     check_float64(boft(family, *BOFT_CASES["two"]))
 
 
@@ -208,4 +212,5 @@ def test_boft(family: str, extension: None) -> None:
 @pytest.mark.parametrize("family", ["bert", "t5"])
 @pytest.mark.parametrize("variant", [name for name in BOFT_CASES if name != "two"])
 def test_boft_variants(family: str, variant: str, extension: None) -> None:
+    needs("peft", "0.19", MERGED_IN_FLOAT32)
     check_float64(boft(family, *BOFT_CASES[variant]))

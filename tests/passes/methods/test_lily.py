@@ -17,6 +17,7 @@ from graftc.testing import DeploymentContract, MethodContract, largest_differenc
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
 from tests.kit.models import fresh
+from tests.kit.releases import peft_config
 from tests.kit.specs import varied
 from tests.passes.methods.places import OTHERS, ROLES
 
@@ -241,7 +242,7 @@ def saved(folder: Path, targets: Any = ("q_proj", "down_proj"), stride: int = 2)
     import peft
 
     targets = targets if isinstance(targets, str) else list(targets)
-    config = peft.LilyConfig(r=4, stride_A=stride, num_B=3, target_modules=targets)
+    config = peft_config("LilyConfig", r=4, stride_A=stride, num_B=3, target_modules=targets)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(tiny("llama"), config)

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from packaging.version import Version
 from torch import nn
 
 from graftc.testing import perturb, tiny
-
-
-def needs_peft(release: str, why: str) -> None:
-    """Skip a test if the installed PEFT is older than a release."""
-    if Version(version("peft")) < Version(release):
-        pytest.skip(f"needs PEFT {release}: {why}")
 
 
 def phi3() -> nn.Module:

@@ -19,6 +19,7 @@ import graftc
 from graftc.runtime.compiled import Compiled
 from graftc.testing.compare import inputs_for, largest_difference, outputs_of
 from graftc.testing.families import tiny
+from tests.kit.releases import peft_config
 from tests.runtime.interop.adapters import with_noise
 
 TOLERANCE = 1e-5
@@ -155,13 +156,13 @@ def c3a(family: str, rng: Rng) -> Any:
 def gralora(family: str, rng: Rng) -> Any:
     k = rng.choice([2, 4])
     own = {"gralora_k": k, "r": k * rng.randint(1, 2), "hybrid_r": rng.choice([0, 3]), "alpha": rng.choice([3, 8])}
-    return peft.GraloraConfig(**own, target_modules=some(family, rng), fan_in_fan_out=family == "gpt2")
+    return peft_config("GraloraConfig", **own, target_modules=some(family, rng), fan_in_fan_out=family == "gpt2")
 
 
 def hira(family: str, rng: Rng) -> Any:
     modules = [TABLES[family], LINEAR[family][0]] if family == "bert" else some(family, rng)
     modules = ["projection", "fc2"] if family == "vit" else modules
-    return peft.HiraConfig(r=rng.randint(1, 6), target_modules=modules, fan_in_fan_out=family == "gpt2")
+    return peft_config("HiraConfig", r=rng.randint(1, 6), target_modules=modules, fan_in_fan_out=family == "gpt2")
 
 
 KINDS: dict[str, tuple[Callable[[str, Rng], Any], tuple[str, ...]]] = {
@@ -211,7 +212,7 @@ KINDS: dict[str, tuple[Callable[[str, Rng], Any], tuple[str, ...]]] = {
     "miss": (miss, ("bert", "llama", "gpt_neox")),
     "shira": (lambda f, r: peft.ShiraConfig(r=r.randint(1, 6), target_modules=some(f, r)), ("bert", "llama", "t5")),
     "lily": (
-        lambda f, r: peft.LilyConfig(r=r.randint(1, 6), stride_A=2, num_B=3, target_modules=some(f, r)),
+        lambda f, r: peft_config("LilyConfig", r=r.randint(1, 6), stride_A=2, num_B=3, target_modules=some(f, r)),
         ("bert", "llama", "t5"),
     ),
     "c3a": (c3a, ("roberta", "llama", "mixtral")),

@@ -13,12 +13,12 @@ from functools import cache
 from typing import Any
 
 import peft
-import pytest
 import torch
 from torch import Tensor, nn
 
 from graftc.testing import tiny
 from graftc.testing.perturbing import randomise
+from tests.kit.releases import peft_config
 
 Rng = random.Random
 
@@ -313,9 +313,7 @@ def shira(family: str, rng: Rng) -> Any:
 
 def lily(family: str, rng: Rng) -> Any:
     own = {"r": rng.randint(1, 8), "stride_A": rng.randint(1, 3), "num_B": rng.randint(2, 5), "scaling": rng.random()}
-    if not hasattr(peft, "LilyConfig"):
-        pytest.skip(f"PEFT {peft.__version__} has no Lily")
-    return peft.LilyConfig(**own, target_modules=["fc"] if family == "convs" else some(family, rng))
+    return peft_config("LilyConfig", **own, target_modules=["fc"] if family == "convs" else some(family, rng))
 
 
 def c3a(family: str, rng: Rng) -> Any:
@@ -329,7 +327,7 @@ def gralora(family: str, rng: Rng) -> Any:
     k = rng.choice([1, 2, 4])
     own = {"gralora_k": k, "r": k * rng.randint(1, 2), "hybrid_r": rng.choice([0, 3]), "alpha": rng.choice([3, 8])}
     modules = ["fc"] if family == "convs" else some(family, rng)
-    return peft.GraloraConfig(**own, target_modules=modules, **_turned(family))
+    return peft_config("GraloraConfig", **own, target_modules=modules, **_turned(family))
 
 
 def hira(family: str, rng: Rng) -> Any:
@@ -337,7 +335,7 @@ def hira(family: str, rng: Rng) -> Any:
     if family in ("bert", "llama", "gpt_neox", "roberta") and rng.random() < 0.3:
         modules = [TABLES[family], modules[0]]
     own = {"r": rng.randint(1, 6), "hira_dropout": rng.choice([0.0, 0.1]), "target_modules": modules}
-    return peft.HiraConfig(**own, init_weights=rng.choice([True, "gaussian"]), **_turned(family))
+    return peft_config("HiraConfig", **own, init_weights=rng.choice([True, "gaussian"]), **_turned(family))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import nn
 import graftc
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing.families import FAMILIES
-from tests.runtime.interop.adapters import needs_peft
+from tests.kit.releases import needs, peft_config
 from tests.runtime.interop.checkpoints import base
 
 peft = pytest.importorskip("peft")
@@ -274,13 +274,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "boft dropout": (lambda: peft.BOFTConfig(target_modules=["q_proj"], boft_dropout=0.1), "boft_dropout"),
     "oft powers": (lambda: peft.OFTConfig(target_modules=["q_proj"], num_cayley_neumann_terms=1), "terms"),
     "c3a": (lambda: peft.C3AConfig(target_modules=["q_proj"], block_size=8, bias="c3a_only"), "bias"),
-    "gralora": (lambda: peft.GraloraConfig(target_modules=["q_proj"], bias="all"), "bias"),
-    "hira": (lambda: peft.HiraConfig(target_modules=["q_proj"], rank_pattern={"q_proj": 2}), "rank_pattern"),
+    "gralora": (lambda: peft_config("GraloraConfig", target_modules=["q_proj"], bias="all"), "bias"),
+    "hira": (lambda: peft_config("HiraConfig", target_modules=["q_proj"], rank_pattern={"q_proj": 2}), "rank_pattern"),
     "ia3": (lambda: peft.IA3Config(init_ia3_weights=False), "init_ia3_weights"),
     "vera": (lambda: peft.VeraConfig(target_modules=["q_proj"], init_weights=False), "init_weights"),
-    "lily": (lambda: peft.LilyConfig(target_modules=["q_proj"], init_weights=False), "init_weights"),
-    "lily pattern": (lambda: peft.LilyConfig(target_modules=r".*\.(q_proj|o_proj)"), "target_modules"),
-    "lily names": (lambda: peft.LilyConfig(target_modules=["q_proj", "0.self_attn.q_proj"]), "target_modules"),
+    "lily": (lambda: peft_config("LilyConfig", target_modules=["q_proj"], init_weights=False), "init_weights"),
+    "lily pattern": (lambda: peft_config("LilyConfig", target_modules=r".*\.(q_proj|o_proj)"), "target_modules"),
+    "lily names": (
+        lambda: peft_config("LilyConfig", target_modules=["q_proj", "0.self_attn.q_proj"]),
+        "target_modules",
+    ),
     "shira": (lambda: peft.ShiraConfig(target_modules=["q_proj"], init_weights=False), "init_weights"),
     "shira mask": (lambda: peft.ShiraConfig(target_modules=["q_proj"], mask_type="mine"), "mask_type"),
     "miss": (lambda: peft.MissConfig(target_modules=["q_proj"], init_weights=False), "init_weights"),
@@ -415,7 +418,7 @@ def test_tied_modules_train_as_in_peft(saved: list[str], together: bool) -> None
 
 
 def test_one_pair_of_factors_for_tied_modules_is_refused() -> None:
-    needs_peft("0.19", "earlier ones ignore ensure_weight_tying of targets")
+    needs("peft", "0.19", "earlier ones ignore ensure_weight_tying of targets")
     config = lora("llama", target_modules=["embed_tokens"], ensure_weight_tying=True)
     with pytest.raises(GraftError, match="one pair of factors") as caught:
         ours(config, tied_llama())
@@ -451,6 +454,8 @@ def test_an_attention_of_torch_as_a_whole() -> None:
 @pytest.mark.parametrize("pattern", [r".*\.(q_proj|w1|w2|w3)", r".*\.1\..*q_proj", r".*experts\.(w1|w3|w2)"])
 def test_patterns_where_peft_goes_by_older_names(pattern: str) -> None:
     """Patterns may name experts as the modules of transformers 4; peft then matches the last segments in all layers."""
+    if pattern.startswith(r".*experts"):  # matches nothing else
+        needs("peft", "0.19", "earlier ones do not know modules by their names in transformers 4")
     config = lora("mixtral", target_modules=pattern, r=2)
     assert resolved(ours(config, base("mixtral"))) == ranks_and_scales(theirs(config, base("mixtral")))
 

@@ -20,7 +20,8 @@ from graftc.runtime.interop.layouts.plain import AttentionSizes
 from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import tiny
-from tests.runtime.interop.adapters import base, config_of, needs_peft, outputs, written
+from tests.kit.releases import needs
+from tests.runtime.interop.adapters import base, config_of, outputs, written
 
 
 def converted(folder: Path, out: Path | None, to: str = "peft", **options: Any) -> ConvertedFolder:
@@ -37,7 +38,7 @@ ALL = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    needs_peft("0.19", "earlier ones write the factors of experts in swapped order")
+    needs("peft", "0.19", "earlier ones write the factors of experts in swapped order")
     folder, model = tmp_path_factory.mktemp("moe"), base("mixtral")
     return with_base(written(model, folder / "peft", **MOE), config_of(model, folder / "base"))
 

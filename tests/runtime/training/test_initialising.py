@@ -17,6 +17,7 @@ from graftc.passes.core.method.principal import PrincipalComponents
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits, tiny
 from tests.kit.models import fresh
+from tests.kit.releases import needs
 from tests.kit.specs import varied
 
 ROLES = ["attn.q", "attn.v", "ffn.down"]
@@ -113,6 +114,9 @@ def test_eva_has_the_principal_directions_of_each_input() -> None:
 def test_eva_has_pefts_directions() -> None:
     """On one batch peft's own initialisation gives the same space at every module."""
     peft = pytest.importorskip("peft")
+    needs(
+        "peft", "0.20", "earlier ones ignore the use_label_mask of EVA"
+    )
     model, examples = tiny("llama"), batches(1)
     started = fresh(model, varied(EVA, eva_rho=1.0)).initialise(examples).adapter_state_dict()
     config = peft.LoraConfig(
