@@ -114,9 +114,7 @@ def test_eva_has_the_principal_directions_of_each_input() -> None:
 def test_eva_has_pefts_directions() -> None:
     """On one batch peft's own initialisation gives the same space at every module."""
     peft = pytest.importorskip("peft")
-    needs(
-        "peft", "0.20", "earlier ones ignore the use_label_mask of EVA"
-    )
+    needs("peft", "0.20", "earlier ones ignore the use_label_mask of EVA")
     model, examples = tiny("llama"), batches(1)
     started = fresh(model, varied(EVA, eva_rho=1.0)).initialise(examples).adapter_state_dict()
     config = peft.LoraConfig(
