@@ -23,6 +23,7 @@ import torch
 from torch import fx, nn
 
 from graftc.compat import pytree
+from graftc.compat.autocast import regions_without_autocast
 from graftc.compat.dynamo import without_call_cache
 from graftc.compat.graphs import OUTSIDE_MODULES
 from graftc.compat.operators import HigherOrderOperator
@@ -228,7 +229,7 @@ def _patches(model: nn.Module) -> Iterator[None]:
     exporter: Any = exporter_dynamo
     exporter.register_cache_pytrees_for_model(model)
     checks = mock.patch.object(exporter, "torch_compilable_check", hold_for_all_values)
-    with _patches_of_what_is_there(), utils.apply_patches("dynamo"), checks:
+    with _patches_of_what_is_there(), utils.apply_patches("dynamo"), checks, regions_without_autocast():
         yield
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.utils.generic import maybe_autocast
 
 import graftc
 from graftc.testing import tiny
@@ -149,6 +150,35 @@ def test_casts_to_the_same_type_hold_under_autocast(cast: str) -> None:
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         expected, result = model(x), compiled(x)
     assert result.dtype == expected.dtype == torch.float32 and torch.equal(result, expected)
+
+
+class Angles(nn.Module):
+    """The angles of rotary positions as releases of transformers before 5.15 compute them."""
+
+    def __init__(self, known: Any) -> None:
+        super().__init__()
+        self.inv_freq = known.inv_freq
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        column = self.inv_freq[None, :, None].float().expand(position_ids.shape[0], -1, 1)
+        with maybe_autocast(device_type=x.device.type, enabled=False):
+            angles = (column.float() @ position_ids[:, None, :].float()).transpose(1, 2)
+            both = torch.cat((angles, angles), dim=-1)
+        return both.cos().to(x.dtype), both.sin().to(x.dtype)
+
+
+@pytest.mark.slow
+def test_positions_are_not_rounded() -> None:
+    """A graph computes in float32 what the source keeps from autocast: bfloat16 has no odd numbers above 256."""
+    model: Any = tiny("llama").eval()
+    model.model.rotary_emb = Angles(model.model.rotary_emb)
+    compiled = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}, model).eval()
+    given = {**inputs("llama"), "position_ids": torch.arange(9).expand(2, -1) + 300}
+    with torch.no_grad():
+        exact = model(**given).logits
+        assert torch.equal(compiled(**given).logits, exact)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(compiled(**given).logits, model(**given).logits)
 
 
 @pytest.mark.slow
