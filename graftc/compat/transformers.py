@@ -21,6 +21,12 @@ LOADING_OPTIONS = ("_commit_hash", "_from_auto")
 LOOP_ARGUMENTS = frozenset({"tokenizer", "assistant_tokenizer"})
 """Arguments of ``generate`` that the loop passes on to the model, where ``**kwargs`` absorbs them."""
 
+GROWING = (None, "dynamic", "dynamic_full")
+"""Values of ``cache_implementation`` for a cache that grows; early releases set the last one themselves for assistants.
+
+It is a cache whose layers keep all tokens, as all growing caches here do.
+"""
+
 
 def path_of(config: Any) -> str | None:
     """Return the name or path that a model was loaded from, as its config records it.

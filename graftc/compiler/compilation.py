@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graftc.compiler.capture.cache_names import cache_name
+from graftc.compat.caches import cache_name
 from graftc.compiler.capture.capture_cache import Known
 from graftc.compiler.capture.identity.fingerprint import Identity, identify, replaced_tensors
 from graftc.compiler.capture.interface import Flags, device_of, parameters

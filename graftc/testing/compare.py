@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compat import pytree
-from graftc.compiler.capture.cache_names import cache_of
+from graftc.compat.caches import cache_of
 from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.runtime.model.runner import ModelRoot, runner_of
 from graftc.runtime.model.stand_in import encode

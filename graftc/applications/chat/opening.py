@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from graftc.compiler.capture.cache_names import cache_name
+from graftc.compat.caches import cache_name
 from graftc.compiler.capture.interface import Interface
 from graftc.compiler.missing_weights import require_weights
 from graftc.files.tensors.foreign_folders import require_regular_files

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.caches import CACHES, cache_name
 from graftc.compat.transformers import attention_of
-from graftc.compiler.capture.cache_names import CACHES, cache_name
 from graftc.compiler.capture.past import CACHE, ENCODED, USE_CACHE
 from graftc.passes.core.packing.modules import packed_types
 from graftc.specs.errors.arguments import as_mapping, kind_of

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.capture.cache_names import CACHES, cache_name
+from graftc.compat.caches import CACHES, cache_name
 from graftc.compiler.capture.fixed_cache import (
     begin_fixed,
     fill_fixed,

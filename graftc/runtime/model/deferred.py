@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.compat.caches import CACHES
 from graftc.compat.tensors import version_of
-from graftc.compiler.capture.cache_names import CACHES
 from graftc.compiler.capture.interface import Interface
 from graftc.compiler.capture.past import ENCODER, USE_CACHE, new_cache
 from graftc.specs.errors.diagnostics import GraftError

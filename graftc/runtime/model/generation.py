@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.capture.cache_names import CACHES, under_own_name
+from graftc.compat.caches import CACHES, under_own_name
 from graftc.compiler.capture.interface import is_transformers
 from graftc.compiler.capture.past import USE_CACHE, has_encoder
 from graftc.compiler.partial_graphs import cannot_be_cached, require_rows_of_one

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from graftc.compat.caches import cache_name
 from graftc.compat.hooks import without_hooks
-from graftc.compat.transformers import LOOP_ARGUMENTS, given_by_caller, loop_steps
-from graftc.compiler.capture.cache_names import cache_name
+from graftc.compat.transformers import GROWING, LOOP_ARGUMENTS, given_by_caller, loop_steps
 from graftc.compiler.capture.fixed_cache import capacity_of
 from graftc.compiler.capture.interface import Interface
 from graftc.compiler.capture.past import (
@@ -31,7 +31,6 @@ from graftc.runtime.model.past import filled_up
 from graftc.specs.errors.diagnostics import GraftError
 
 KEPT = "logits_to_keep"
-_GROWING = (None, "dynamic")
 _FIXED = "static"
 _LONGEST = "longest fixed cache"
 _PADDING = "_graftc_padding"
@@ -197,7 +196,7 @@ def _cached(
 ) -> None:
     """Create a cache whose layers store all tokens, unless the caller passed one, and prepend the initial contents."""
     kind = generation_config.cache_implementation
-    if kind not in (*_GROWING, _FIXED):
+    if kind not in (*GROWING, _FIXED):
         message = f"a compiled model's graphs do not support the cache implementation {kind!r}"
         raise GraftError("GC140", message, hint="use 'static', or leave cache_implementation out: the cache grows then")
     name = cache_name(inspect.signature(instance.forward).parameters)

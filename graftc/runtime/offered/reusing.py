@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.compiler.capture.cache_names import cache_of
+from graftc.compat.caches import cache_of
 from graftc.compiler.capture.past import POSITIONS, fill_cache, new_cache, tensors_of
 from graftc.records.verification import CacheReuse, RowReuse
 from graftc.runtime.invocations import positions_of, starts_in_prompt

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
-from graftc.compat.transformers import LOOP_ARGUMENTS, loop_steps, takes_tokens_back
+from graftc.compat.transformers import GROWING, LOOP_ARGUMENTS, loop_steps, takes_tokens_back
 from graftc.runtime.onnx_generation import caches
 from graftc.runtime.onnx_generation.adapter_files import tensors_for
 from graftc.runtime.onnx_generation.graphs import OnnxGraph
@@ -20,8 +20,7 @@ from graftc.specs.errors.diagnostics import GraftError
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """The name of the cache in calls and outputs in this release of transformers."""
 
-# transformers 5.13 sets the third one itself for prompt look-up and assistants.
-_IMPLEMENTATIONS = (None, "dynamic", "dynamic_full", "hybrid")
+_IMPLEMENTATIONS = (*GROWING, "hybrid")
 
 
 def table_of(config: Any) -> int | None:
