@@ -172,6 +172,25 @@ def test_what_is_joined_and_cut_again_is_its_parts() -> None:
     assert not program.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
 
 
+class Counted(nn.Module):
+    """A map whose forward makes the same number into a tensor twice, and another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, other = torch.tensor(2.0), torch.tensor(2.0), torch.tensor(3.0)
+        return self.inner(x * first) * second + other
+
+
+def test_equal_constants_of_a_module_are_one_node() -> None:
+    result = capture(CaptureRequest.of(Counted(), [Axis("x", torch.float32, ("batch", 6))]))
+    read = [str(node.target) for node in result.program.graph.find_nodes(op="get_attr")]
+    assert len(read) == len(set(read)) == 4 and {*result.constants} == {name for name in read if "constant" in name}
+    assert sorted(float(value) for value in result.constants.values()) == [2.0, 3.0]
+
+
 class Branching(nn.Module):
     """A model with a child that leaves a choice by value in the graph."""
 
