@@ -11,6 +11,12 @@ from packaging.version import Version
 _NAMES = {"peft": "PEFT"}
 _SINCE = {"GraloraConfig": "0.19", "LilyConfig": "0.19", "HiraConfig": "0.20"}
 """The releases of PEFT that first had methods which the oldest supported one lacks, by the names of their configs."""
+_DRAWN = "earlier ones compare a number drawn for each layer with layerdrop in training, which is in no graph"
+_GRAPHS = {
+    "falcon": ("5.14", "earlier ones map a function over indices to make its masks, which is in no graph"),
+    **dict.fromkeys(("bart", "whisper"), ("5.23", _DRAWN)),
+}
+"""Releases of transformers with which models of a family are single graphs, and why they are taken apart before."""
 
 
 def is_older(library: str, release: str) -> bool:
@@ -28,6 +34,12 @@ def needs(library: str, release: str, why: str) -> None:
     """
     if is_older(library, release):
         pytest.skip(f"needs {_NAMES.get(library, library)} {release}: {why}")
+
+
+def needs_one_graph(family: str) -> None:
+    """Skip a test of one graph if models of a family are not one with the installed transformers."""
+    if family in _GRAPHS:
+        needs("transformers", *_GRAPHS[family])
 
 
 def peft_config(kind: str, **fields: Any) -> Any:

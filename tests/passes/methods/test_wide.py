@@ -16,6 +16,7 @@ from graftc.testing.compare import inputs_for, largest_difference, outputs_of
 from graftc.testing.contract import MethodContract
 from graftc.testing.perturbing import perturb
 from tests.kit.models import fresh
+from tests.kit.releases import needs_one_graph
 from tests.kit.specs import lora
 from tests.kit.wide import FAMILIES, USUAL
 
@@ -49,6 +50,12 @@ class TestLoRAByRole(MethodContract):
         """Compile ``model`` with LoRA on the roles of its architecture."""
         wide = FAMILIES[family]
         return fresh(model, lora(list(wide.roles)), inputs=wide.inputs() if wide.inputs else None, seed=seed)
+
+    def shared(self, family: str, *, perturbed: bool = False) -> tuple[nn.Module, Compiled]:
+        """Return the model and the compiled model, as the contract does; a perturbed one is compared as one graph."""
+        if perturbed:
+            needs_one_graph(family)
+        return super().shared(family, perturbed=perturbed)
 
     def perturb(self, family: str, compiled: Compiled) -> None:
         """Add noise of the architecture's size to every trainable tensor."""

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import graftc
 from tests.kit.language_models import language_model, prompt
 from tests.kit.models import adapted
-from tests.kit.releases import needs
+from tests.kit.releases import needs, needs_one_graph
 from tests.runtime.onnx_generation.onnx_toy import fails
 
 pytestmark = pytest.mark.slow
@@ -45,6 +45,7 @@ CASES = [
 @pytest.fixture(scope="module", params=CASES)
 def adapted_model(request: pytest.FixtureRequest) -> Any:
     family, kind = request.param.split()
+    needs_one_graph(family)
     return adapted(language_model(family), ADAPTED[kind], noise=0.5)
 
 

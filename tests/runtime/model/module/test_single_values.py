@@ -45,8 +45,11 @@ def test_one_value_raises(name: str) -> None:
     model.train()
     compiled(torch.randn(enough))
     before = {n: t.clone() for n, t in compiled.state_dict().items() if "running" in n}
-    for module in (model, compiled):
-        with pytest.raises(ValueError, match="Expected more than 1 "):
+    # torch 2.11 gives every length a graph of its own; that of a single value cannot be made.
+    lengths = compiled.program("train").inputs[0].ranges[:-1]
+    refusal = graftc.GraftError if any(low == high for low, high in lengths) else ValueError
+    for module, kind in ((model, ValueError), (compiled, refusal)):
+        with pytest.raises(kind, match="Expected more than 1 "):
             module(torch.randn(single))
     after = compiled.state_dict()
     assert all(torch.equal(t, after[n]) and bool(t.isfinite().all()) for n, t in before.items())
