@@ -9,6 +9,7 @@ from pathlib import Path
 from experiments import claims
 from experiments import decoder_page as decoder
 from experiments import drift_page as drift
+from experiments import times_page as times
 from experiments.cells import ROOT, SHOWN
 from experiments.explaining import GATES, causes, misses
 from experiments.parity_plan import BATCHES, DTYPES, RATE, STEPS, compared
@@ -79,8 +80,9 @@ def text(folder: Path = FOLDER) -> str:
     latest = {str(record.cell): record for record in stored}
     order = {str(cell): number for number, cell in enumerate(_PARITY)}
     shown = sorted(latest.values(), key=lambda record: order.get(str(record.cell), len(order)))
-    training = (*sections(folder), *decoder.section(folder), *claims.section(folder), *drift.section(folder))
-    parts = (_HEAD, *summary(folder), _PARITY_HEAD, *_parity(shown), "", *training)
+    training = (*sections(folder), *decoder.section(folder), *claims.section(folder))
+    rest = (*drift.section(folder), "", *times.section(folder))
+    parts = (_HEAD, *summary(folder), _PARITY_HEAD, *_parity(shown), "", *training, *rest)
     return "\n".join(parts).rstrip("\n") + "\n"
 
 

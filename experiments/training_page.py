@@ -31,7 +31,7 @@ TITLES = {
     "r52": "Reuters R52",
     "r8": "Reuters R8",
     "20newsgroups": "20 Newsgroups",
-    "reviews": "ratings of film reviews (Pearson's correlation)",
+    "reviews": "ratings of film reviews, by Pearson's correlation",
 }
 _COLUMNS = (
     "method",

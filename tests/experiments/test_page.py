@@ -11,6 +11,7 @@ from experiments.environments import installed
 from experiments.page import PAGE, figure, text
 from experiments.plans import parts
 from experiments.store import Record, Store
+from experiments.times_page import section, times
 
 
 def stale(records: list[Record]) -> list[str]:
@@ -53,3 +54,17 @@ def test_figures_are_shown_as_such(tmp_path: Path) -> None:
     assert [figure(value) for value in (None, 0.0, 1.26e-7)] == ["-", "0", "1.3e-07"]
     assert figure(2e-3, missed=True) == "**2.0e-03**"
     assert "cells in float32" in text(tmp_path)
+
+
+def test_the_time_of_a_part_is_that_of_its_cells(tmp_path: Path) -> None:
+    assert not times("tasks", tmp_path) and "| all |" not in "\n".join(section(tmp_path))
+    store, own = Store("tasks", tmp_path), next(iter(Store("tasks").records().values()))
+    store.add(own, {"seconds": 5400.0})
+    store.times.write_text(store.times.read_text() + '{"digest":"of a cell that is gone","seconds":1}\n')
+    assert times("tasks", tmp_path) == [5400.0]
+    assert "| tasks | 1 | 1.5 | 90.0 min |" in "\n".join(section(tmp_path))
+
+
+def test_every_part_takes_less_than_three_hours() -> None:
+    """Two cells at a time, on the machines that computed the stored ones."""
+    assert all(0 < sum(seconds) / 2 < 3 * 3600 for name in parts() if (seconds := times(name)))

@@ -1,0 +1,39 @@
+"""The section of the page about the time that its cells took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments.plans import parts
+from experiments.store import FOLDER, Store
+
+_HEAD = """## Time
+
+The sum of what the stored cells took, each with one thread. They were computed two at a time on virtual machines with
+two cores and no GPU, beside other work at times: `make results` takes about half of it from the beginning.
+"""
+
+
+def section(folder: Path = FOLDER) -> Iterator[str]:
+    """Yield the section."""
+    yield _HEAD
+    yield "| part | cells | hours | longest cell |"
+    yield "| --- | ---: | ---: | ---: |"
+    total = list[float]()
+    for name in parts():
+        seconds = times(name, folder)
+        if seconds:
+            yield f"| {name} | {len(seconds)} | {sum(seconds) / 3600:.1f} | {max(seconds) / 60:.1f} min |"
+        total += seconds
+    if total:
+        yield f"| all | {len(total)} | {sum(total) / 3600:.1f} | {max(total) / 60:.1f} min |"
+    yield ""
+
+
+def times(part: str, folder: Path = FOLDER) -> list[float]:
+    """Return the seconds that the stored cells of a part took."""
+    store = Store(part, folder)
+    lines = store.time_lines()
+    return [float(json.loads(lines[digest])["seconds"]) for digest in store.records() if digest in lines]
