@@ -293,9 +293,9 @@ class Certificate(Record, behind={"": ("passed",)}):
         return reasons or ([] if self.sites or self.collapses else ["nothing was folded"])
 
     def _repr_html_(self) -> str:
-        """Return HTML for notebooks: the result and the reasons for a failure, the outputs, and the evidence of sites.
+        """Return HTML for notebooks: the result, why it failed if so, the outputs, and the evidence for each site.
 
-        The latter is in a section that is collapsed at first.
+        The evidence is in a section that is collapsed by default.
         """
         state = f"Certificate: {'passed' if self.passed else 'not passed'}"
         outputs = [(name, f"{value:.3e}", f"{self.budget:.3e}") for name, value in self.outputs.items()]

@@ -167,7 +167,9 @@ def _format_of(path: Path) -> Format:
     format = _FORMATS.get(path.suffix.lower())
     if format is None:
         hint = f"name it {path.stem}.yaml, .json or .toml"
-        raise GraftError("GC001", f"the format of {quoted(path.name)} is not known", place=Place(str(path)), hint=hint)
+        raise GraftError(
+            "GC001", f"the format of {quoted(path.name)} is not recognised", place=Place(str(path)), hint=hint
+        )
     return format
 
 

@@ -1,4 +1,4 @@
-"""The slower part of a method's contract, for few families only: exports and ``torch.compile``, seconds per test."""
+"""The slower part of a method's contract, for a few families only: exports and ``torch.compile``, seconds a test."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def test_a_folder_points_at_the_spec_inside(tmp_path: Path) -> None:
 def test_other_suffixes_and_bytes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "spec.txt").write_text(GOOD)
     (tmp_path / "bad.yaml").write_bytes(b"adapt: \xff\n")
-    for name, message in {"spec.txt": "the format of 'spec.txt' is not known", "bad.yaml": "not UTF-8"}.items():
+    for name, message in {"spec.txt": "the format of 'spec.txt' is not recognised", "bad.yaml": "not UTF-8"}.items():
         with pytest.raises(GraftError, match=message) as caught:
             load_spec(tmp_path / name)
         assert caught.value.code == "GC001"

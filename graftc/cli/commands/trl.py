@@ -13,6 +13,7 @@ from annotated_types import Ge
 from graftc.cli import completion
 from graftc.cli.command import CommandRun, command
 from graftc.records.results import CommandResult
+from graftc.specs.errors.text import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -128,7 +129,8 @@ def trl(
 def _show(result: TrlResult, to: Console) -> None:
     losses = f", loss {result.losses[0]:.4g} to {result.losses[-1]:.4g}" if result.losses else ""
     what = "an adapter for PEFT" if result.adapter else "a checkpoint for graftc.load"
-    to.print(f"trained: {result.trainable:,} elements, {result.steps:,} steps{losses}", soft_wrap=True, markup=False)
+    trained = f"{counted(result.trainable, 'element')}, {counted(result.steps, 'step')}{losses}"
+    to.print(f"trained: {trained}", soft_wrap=True, markup=False)
     to.print(f"wrote {result.out}: {what}", soft_wrap=True, markup=False)
     if result.artifact is not None:
         to.print(f"wrote {result.artifact}: an artifact", soft_wrap=True, markup=False)

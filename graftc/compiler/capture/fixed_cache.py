@@ -163,7 +163,7 @@ def take_from_front(cache: Any, length: int) -> None:
 
 
 def traced_layers(count: int, seen: Tensor) -> list[Any]:
-    """Return layers of fixed length for a trace, whose tensors are still to be filled in.
+    """Return fixed-length layers for a trace; their tensors have yet to be filled in.
 
     Args:
         count: the number of layers.

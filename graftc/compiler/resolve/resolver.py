@@ -1,14 +1,14 @@
-"""Resolve a spec's targets to the sites of one Program, and check them for conflicts."""
+"""Resolve a spec's targets to the sites of one Program."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Literal
 
+from graftc.compiler.resolve.conflicts import require_no_conflict
 from graftc.compiler.resolve.select import check_overrides, select
 from graftc.compiler.resolve.sitetable import BlockedSite, SiteTable
 from graftc.passes.core.grouping import grouped
@@ -18,7 +18,6 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey, SublayerSite, ValueSite
 from graftc.passes.core.weights.tensor_edits import CHANGING, TensorEdits
-from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.base import MethodSpec
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place, warn
@@ -88,7 +87,7 @@ class Resolver:
                 resolved.append(self._one(adaptation, f"adapt[{index}]", matcher))
             except GraftError as error:
                 raise spec.locate(error) from error
-        self._conflicts(spec, resolved)
+        require_no_conflict(spec, [(own.name, [site for site, _ in own.places]) for own in resolved])
         self._warn(spec, resolved)
         return resolved
 
@@ -194,29 +193,6 @@ class Resolver:
         }
         return frozenset(path for owner in owners | in_calls for path in accumulate(owner.split("."), "{}.{}".format))
 
-    def _conflicts(self, spec: Spec, all_resolved: Sequence[Resolved]) -> None:
-        """Raise GC021 if two adaptations of one weight have overlapping rows that are not exactly the same."""
-        owners: dict[tuple[str, str], dict[WeightSlice, list[str]]] = defaultdict(dict)
-        for index, resolved in enumerate(all_resolved):
-            for site, _ in resolved.places:
-                if not isinstance(site, LinearSite):
-                    continue
-                owners_of_rows = owners[site.key.module, site.key.name]
-                for taken, names in owners_of_rows.items():  # one per part of a weight, however many adaptations
-                    same = taken == site.own and names[-1] != resolved.name
-                    if taken.overlaps(site.own) and not same:
-                        raise spec.locate(
-                            GraftError(
-                                "GC021",
-                                f"{resolved.name!r} adapts {_rows(site.own)} of {site.key.module}, "
-                                f"but {names[0]!r} adapts {_rows(taken)} of it",
-                                place=Place(path=f"adapt[{index}].target"),
-                                hint="adaptations stack only on exactly the same rows; leave one of them out, or name "
-                                "the same rows in both",
-                            )
-                        )
-                owners_of_rows.setdefault(site.own, []).append(resolved.name)
-
     def _warn(self, spec: Spec, all_resolved: Sequence[Resolved]) -> None:
         for index, resolved in enumerate(all_resolved):
             if method_for(resolved.spec.method).stands_in:
@@ -258,10 +234,6 @@ def _place_in_layer(name: str) -> tuple[str, str] | None:
     """Return the path of the stack that a tensor belongs to, and its name in its layer; None outside of layers."""
     layer = layer_path(name)
     return (layer.rpartition(".")[0], name.removeprefix(layer)) if layer else None
-
-
-def _rows(own: WeightSlice) -> str:
-    return "all rows" if own.whole else str(own)
 
 
 def _blocked(site: BlockedSite, path: str) -> GraftError:

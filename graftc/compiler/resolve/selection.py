@@ -107,7 +107,9 @@ class Selection(AsTarget):
     def _narrowed(self, name: str, values: Sequence[Any]) -> Selection:
         given = tuple(v for value in values for v in (as_items(value) if isinstance(value, list | tuple) else (value,)))
         if not given:
-            raise GraftError("GC002", f"{name}() has no arguments", hint=f"pass what a target's {name} field accepts")
+            raise GraftError(
+                "GC002", f"{name}() was given no arguments", hint=f"pass what a target's {name} field accepts"
+            )
         items: Any = given[0] if len(given) == 1 else given
         current = None if self._written is None else getattr(self._written, name)
         if self._written is None or (current is not None and name != "exclude"):

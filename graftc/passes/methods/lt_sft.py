@@ -95,7 +95,7 @@ class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
         return Transition(following, values)
 
     def _chosen(self, spec: LTSFT, places: Sequence[AdaptedSite[LTSFT]]) -> dict[str, Tensor]:
-        """Return the initial tensors of a sparse run: entries chosen so far, and those that have now changed most."""
+        """Return the initial tensors of a sparse run: the entries chosen so far, and those that changed most."""
         regions = list(regions_at(places))
         budget = budget_of(spec, sum(region.size for _, region in regions))
         new = budget * spec.iteration // spec.iterations - budget * (spec.iteration - 1) // spec.iterations

@@ -1,4 +1,4 @@
-"""Tuning normalisations (Qi et al. 2022, arXiv:2211.08682; Zhao et al. 2023, arXiv:2312.11420)."""
+"""Tuning normalisation layers (Qi et al. 2022, arXiv:2211.08682; Zhao et al. 2023, arXiv:2312.11420)."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Prunin
     def advance(
         self, spec: Pruning, places: Sequence[AdaptedSite[Pruning]], shared: Mapping[str, Tensor]
     ) -> Transition[Pruning]:
-        """Prune one round: keep the largest of the remaining entries.
+        """Run one round of pruning: keep the largest of the remaining entries.
 
         The next stage trains these entries from their current values, or from the base's if the spec sets ``rewind``.
         """

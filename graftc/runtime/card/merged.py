@@ -61,7 +61,7 @@ class MergedFacts:
 
     @property
     def in_transformers(self) -> bool:
-        """Whether transformers has its class."""
+        """Whether transformers has the model's class."""
         return bool(self.model) and is_transformers_class(self.model)
 
 

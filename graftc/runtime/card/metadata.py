@@ -87,7 +87,7 @@ def card_metadata(
 
     Args:
         stated: the metadata that the author states.
-        base: the location of the base, as far as the files say.
+        base: the location of the base, if the files state it.
         relation: the hub's word for how a model is related to its base, such as ``adapter``.
         tags: tags that precede the stated ones.
         library: the library that loads the folder; None if there is none.

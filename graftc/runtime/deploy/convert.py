@@ -133,7 +133,7 @@ class Converting:
                 that chose codes of the base, GC050 and GC022 for an adaptation that does not fold.
         """
         if (rank is not None and rank < 1) or (error is not None and not 0 < error < 1):
-            raise GraftError("GC002", "converting needs a rank of at least 1, and an error in (0, 1)")
+            raise GraftError("GC002", "conversion requires a rank of at least 1 and an error in (0, 1)")
         if into_base:
             partial = Merging(self.runner).merge_partially(only=into_base)
             converted = Converting(runner_of(partial.compiled)).convert(names, rank=rank, error=error)

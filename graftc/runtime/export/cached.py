@@ -125,12 +125,12 @@ class CachedModule(ExportModule):
 
 
 def prepare(job: ExportJob) -> dict[str, tuple[CachedModule, Any]]:
-    """Return the graphs, each with an ONNX model in memory, by the names of their files.
+    """Return the graphs, each with an ONNX model in memory, by file name.
 
     Raises:
         GraftError: GC142 for a model that does not generate, GC140 for one without a cache of keys and values, GC141
-            for adaptations that a cache cannot hold, or that act from an invocation on; GC149 for a model that is not
-            one graph; others as in `prepare_onnx`.
+            for adaptations that a cache cannot hold, or that take effect only after an invocation; GC149 for a model
+            that is not one graph; others as in `prepare_onnx`.
     """
     require_one_graph(job.runner)
     for control in job.runner.compilation.controls.values():

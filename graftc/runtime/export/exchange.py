@@ -98,9 +98,9 @@ class Exchange:
         return axes
 
     def axis(self, name: str) -> Axis:
-        """Return an input that is a tensor of an adaptation; sizes that are names are free.
+        """Return an input that is a tensor of an adaptation; sizes given as names are dynamic.
 
-        The tensors of a site have the same size, and so have those of all sites if the graph computes with the size.
+        The tensors of a site have the same size, and so do those of all sites if the graph computes with the size.
         """
         tensor, owner = self.runner.store.get(name), owner_of(name)
         size = owner if owner in self._uniform else f"{owner} {self._sites.get(name)}"

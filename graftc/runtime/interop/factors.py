@@ -91,7 +91,7 @@ def _from_tensors(tensors: Mapping[str, Tensor]) -> AdapterFactors:
         name = parsed(fqn)
         if name is None or name.part.rpartition(".")[2] not in ("A", "B"):
             message = f"{quoted(fqn)} is not a tensor of a LoRA"
-            raise GraftError("GC053", message, hint="names are <module>.graftc.<adaptation>.A, and the same with B")
+            raise GraftError("GC053", message, hint="names have the form <module>.graftc.<adaptation>.A or .B")
         *inside, part = name.part.split(".")
         parts.setdefault(SiteKey(name.module, "weight", ".".join(inside)), {})[part] = tensor.detach()
         owners.add(name.adaptation)

@@ -132,7 +132,7 @@ class OnnxGraph:
         self.past, self.present = slots_of(self.inputs), slots_of(self.outputs)
         strange = sorted(set(self.inputs) - _OURS - set(self.past.values()))
         if strange:
-            hint = "graphs with one file for the first and the later steps (use_cache_branch) are not supported"
+            hint = "graphs that use one file for both the first and later steps (use_cache_branch) are not supported"
             raise GraftError("GC144", f"{path.name} has inputs that no call provides: {', '.join(strange)}", hint=hint)
         self.sizes = {slot: self._fixed(slot) for slot in self.past}
         self.device = self._device()

@@ -167,11 +167,11 @@ class Selecting:
                 that trains to these values. By default the initial values, with which a first run starts.
 
         Raises:
-            GraftError: GC057 if no adaptation has another training run.
+            GraftError: GC057 if no adaptation has a training run left.
         """
         due = [resolved for resolved in self.runner.compilation.main.resolved if self._left(resolved) > 0]
         if not due:
-            raise GraftError("GC057", "no adaptation has another training run", hint="merge, save or export the model")
+            raise GraftError("GC057", "no adaptation has training run left", hint="merge, save or export the model")
         transitions: dict[str, Transition[Any]] = {}
         for resolved in due:
             method = method_for(resolved.spec.method)

@@ -265,7 +265,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Name a selection in the spec, for example `fish`, and call `compiled.select(examples)` before training, or an "
      "initialiser such as `eva`, and call `compiled.initialise(examples)`; pass batches that have labels."),
     ("GC057", _SPEC, "there is no further training run",
-     "No adaptation has another training run after the current one.",
+     "No adaptation has a training run left after the current one.",
      "Merge, save or export the model. `compiled.stages_left` is the number of training runs that remain."),
     ("GC058", _FAILED, "the folder contains a different recipe",
      "The recipe that was started there has a different spec, seed or model; or the folder contains other files.",

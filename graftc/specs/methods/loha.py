@@ -12,11 +12,11 @@ class LoHa(ProductSpec):
     """Low-rank Hadamard product: `W + s (B1 A1) * (B2 A2)`, elementwise, with `s = alpha / rank`.
 
     `A1` and `A2` are `[rank, in]`, `B1` and `B2` are `[out, rank]`, all used in the weight's dtype. The product has a
-    rank of up to `rank` squared, with the parameters of twice the rank. `A2` is initialised to zeros, so the model is
-    initially unchanged; the update folds exactly into `W`.
+    rank of up to `rank` squared, with as many parameters as a LoRA of twice the rank. `A2` is initialised to zeros, so
+    the model is initially unchanged; the update folds exactly into `W`.
 
-    Linear maps are layers, convolutions (`in` counts the entries of a patch) and experts (separate factors for each). A
-    forward pass materialises the whole update, a matrix of the weight's size, at every site.
+    It applies to linear layers, convolutions (`in` counts the entries of a patch) and experts (separate factors for
+    each). A forward pass materialises the whole update, a matrix of the weight's size, at every site.
     """
 
     paper: ClassVar[str] = (

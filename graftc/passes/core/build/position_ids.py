@@ -43,9 +43,9 @@ def recounted(
 
     Args:
         numbers: the position ids.
-        longer: the replacement of each input.
+        longer: the replacement for each input.
         call: a function that inserts a call.
-        same: a function that returns the replacement of a node that does not depend on these inputs.
+        same: a function that returns the replacement for a node that does not depend on these inputs.
     """
     replaced = dict(longer)
     for node in above([numbers]):

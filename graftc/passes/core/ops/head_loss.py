@@ -198,7 +198,7 @@ def head_loss_forward(
         needed: for each of ``xs``, each of ``weights`` and the bias, whether to compute its gradient.
 
     Returns:
-        The losses, summed with any reduction except `NONE`; the number of labels; if ``statistics`` is set, the rows'
+        The losses, summed unless the reduction is `NONE`; the number of labels; if ``statistics`` is set, the rows'
         statistics; the gradients.
     """
     form = Form(starts, ignored, reduction, smoothing, scale, cap, square, statistics)

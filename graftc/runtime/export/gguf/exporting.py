@@ -73,4 +73,4 @@ def _require_read(job: ExportJob, content: GgufFile) -> None:
     names = [entry.name for entry in content.entries]
     problems = [str(p) for p in gguf_problems(engine, content.arch, [file_type_of(job).upper()], names)]
     if problems:
-        raise GraftError("GC068", f"{engine.name} does not load the model: {problems[0]}", details=problems[1:])
+        raise GraftError("GC068", f"{engine.name} cannot load the model: {problems[0]}", details=problems[1:])
