@@ -14,9 +14,10 @@ GATES: Mapping[str, Mapping[str, float]] = {
 
 UNKNOWN = "**The cause is not known.**"
 ROUNDED = (
-    "**Rounding.** In float32 the first gradients differ by more than 1e-6, but in float64 the same computations are "
-    "within all gates. The last columns of the tables show how far the gradients of each library are from those in "
-    "float64: the gate is as fine as float32 on these models."
+    "**Rounding.** In float32 these figures exceed their gates, but in float64 the same figures of the same "
+    "computations are within theirs. The last columns of the tables show how far the first gradients of each library "
+    "are from those in float64: the gate is as fine as float32 on these models. Over 50 steps, training magnifies the "
+    "difference, in both dtypes: MiSS's on SmolLM2 by some 20,000."
 )
 _C3A = (
     "**C3A.** The gradient that PEFT 0.21 passes on to the layers below an adapted one is wrong: its operator "
@@ -49,10 +50,14 @@ def misses(record: Record) -> tuple[str, ...]:
 def causes(records: Iterable[Record]) -> dict[str, list[Record]]:
     """Return the records that miss a gate by the causes."""
     records = list(records)
-    exact = {(own.cell.model, own.cell.name) for own in records if own.cell.dtype == "float64" and not misses(own)}
+    exact: dict[tuple[str, str], set[str]] = {}
+    for record in records:
+        if record.cell.dtype == "float64":
+            exact[record.cell.model, record.cell.name] = GATES["float64"].keys() - set(misses(record))
     by_cause: dict[str, list[Record]] = {}
     for record in filter(misses, records):
-        rounded = misses(record) == ("gradients",) and (record.cell.model, record.cell.name) in exact
+        within = exact.get((record.cell.model, record.cell.name), set())
+        rounded = record.cell.dtype == "float32" and within.issuperset(misses(record))
         cause = ROUNDED if rounded else CAUSES.get((record.cell.name, record.cell.dtype), UNKNOWN)
         by_cause.setdefault(cause, []).append(record)
     return by_cause

@@ -63,6 +63,15 @@ ArtifactArgument: TypeAlias = Annotated[
         autocompletion=completion.artifacts,
     ),
 ]
+SealedArgument: TypeAlias = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="An artifact, or the folder of a merged model with its graftc.json.",
+        show_default=False,
+        autocompletion=completion.artifacts,
+    ),
+]
 BaseOption: TypeAlias = Annotated[
     str | None,
     typer.Option(

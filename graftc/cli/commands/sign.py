@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graftc.cli.command import CommandRun, command
-from graftc.cli.options import ArtifactArgument
+from graftc.cli.options import SealedArgument
 from graftc.records.fields import ArtifactFolder
 from graftc.records.results import CommandResult
 
@@ -39,7 +39,7 @@ class SignResult(CommandResult):
 @command()
 def sign(
     run: CommandRun,
-    directory: ArtifactArgument,
+    directory: SealedArgument,
     key: Annotated[
         Path,
         typer.Option(

@@ -11,7 +11,7 @@ import typer
 
 from graftc.cli import completion
 from graftc.cli.command import CommandRun, command
-from graftc.cli.options import ArtifactArgument
+from graftc.cli.options import SealedArgument
 from graftc.records.fields import ArtifactFolder
 from graftc.records.results import CommandResult
 from graftc.records.verification import Check
@@ -36,7 +36,7 @@ class VerifyResult(CommandResult, behind={"checks": ("warnings",)}):
 @command()
 def verify(
     run: CommandRun,
-    directory: ArtifactArgument,
+    directory: SealedArgument,
     model: Annotated[
         str | None,
         typer.Option(

@@ -129,7 +129,9 @@ def signature_problem(folder: str | Path, keys: str | Path, signature: str | Pat
         return f"{path} is a signature of {envelope.payload_type!r}", ""
     if not signers:
         others = ", ".join(sorted(envelope.signatures)) or "nobody"
-        return f"signed by {others}, which {keys} does not contain, or with a signature that does not hold", ""
+        if not any(key.keyid in envelope.signatures for key in trusted):
+            return f"signed by {others}, which {keys} does not contain", ""
+        return f"the signature by {others} is not valid for these contents", ""
     if stated != {name: _digest(place / name)}:
         return f"the signature is of another {name}", ""
     return "", ", ".join(signers)
@@ -154,9 +156,8 @@ def _sealing_file(folder: Path, where: str) -> str:
     """Return the name of the file that lists all others of a folder."""
     name = next((name for name in (MANIFEST, RECORD) if (folder / name).is_file()), None)
     if name is None:
-        raise GraftError(
-            "GC080", f"{where} is neither an artifact nor a merged model", hint="pass a folder that graftc wrote"
-        )
+        message = f"{where} is neither an artifact nor a merged model with its {RECORD}"
+        raise GraftError("GC080", message, hint="pass a folder that compiled.save or merged.save wrote")
     return name
 
 
@@ -214,6 +215,8 @@ def _private_key(path: Path, passphrase: Callable[[], str] | None) -> Any:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
 
     raw = _read_key(path)
+    if raw.lstrip().startswith((b"ssh-", b"ecdsa-", b"-----BEGIN PUBLIC")):
+        raise _unusable(path, "is a public key", "name the private key that belongs to it")
     load = load_ssh_private_key if b"OPENSSH PRIVATE KEY" in raw else load_pem_private_key
     try:
         try:

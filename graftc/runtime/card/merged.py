@@ -180,7 +180,8 @@ def _check(facts: MergedFacts) -> Iterator[str]:
     yield (
         f"`pip install graftc`. The first command compares the folder's {counted(len(facts.record.files), 'file')} "
         "with their digests. The second folds everything again and compares every tensor: "
-        f"`ADAPTER` is {own}, and `BASE` the folder of the base."
+        f"`ADAPTER` is {own}, and `BASE` the folder of the base, which has to contain every tensor that was adapted: "
+        "a head that was drawn when the base was loaded is in no folder."
     )
     yield fenced(f"$ graftc verify {folder}\n$ graftc verify {folder} --adapter ADAPTER --model BASE", "console")
 

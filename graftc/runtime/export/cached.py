@@ -31,7 +31,8 @@ from graftc.runtime.export.graph_options import adapter_files
 from graftc.runtime.export.graphs import write_inputs
 from graftc.runtime.export.job import ExportJob, require_one_graph
 from graftc.runtime.export.module import ExportModule
-from graftc.runtime.export.onnx import check_onnx, prepare_onnx, save_onnx
+from graftc.runtime.export.onnx import prepare_onnx, save_onnx
+from graftc.runtime.export.onnx_check import check_onnx
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.choices import with_choices
 from graftc.runtime.model.generation import Generating

@@ -24,7 +24,8 @@ from graftc.passes.core.ir.shapes import DTYPE_NAMES
 from graftc.runtime.export.graph_options import OPSET
 from graftc.runtime.export.metadata import FoldEvidence, metadata
 from graftc.runtime.export.module import ExportModule
-from graftc.runtime.export.onnx import check_onnx, compare, prepare_onnx, save_onnx
+from graftc.runtime.export.onnx import prepare_onnx, save_onnx
+from graftc.runtime.export.onnx_check import check_onnx, compare
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.sources.companions import companions_of_model

@@ -10,7 +10,7 @@ from torch import Tensor
 from graftc.files.destinations import overlap
 from graftc.runtime.artifact.write import require_values
 from graftc.runtime.export.job import ExportJob, require_one_graph
-from graftc.runtime.export.onnx import require_close, run_session, session_of
+from graftc.runtime.export.onnx_check import require_close, run_session, session_of
 from graftc.runtime.export.served_graph import ServedGraph
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.onnx_generation import load

@@ -20,7 +20,7 @@ from graftc.files.destinations import holds
 from graftc.passes.core.weights.folds import round_once
 from graftc.passes.core.weights.names import owner_of, renamed
 from graftc.runtime.export.exchange import SIZE, essence
-from graftc.runtime.export.onnx import package
+from graftc.runtime.export.onnx_check import package
 from graftc.runtime.onnx_generation.adapter_files import SUFFIX
 from graftc.runtime.onnx_generation.graphs import BASE_OF_INPUTS
 from graftc.specs.errors.diagnostics import GraftError, first_line

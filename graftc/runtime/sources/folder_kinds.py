@@ -83,7 +83,7 @@ def _told_of_model(path: Path, name: str) -> tuple[str, str]:
         if kind not in PACKED_FORMATS:
             return f"a transformers model quantised by {kind}", f"AutoModel.from_pretrained({name})"
         return f"a transformers model quantised by {kind}", f"graftc.load_base({name})"
-    return "a transformers model, merged or never adapted", f"graftc.load_base({name})"
+    return "a transformers model without graftc.json, which merged.save writes", f"graftc.load_base({name})"
 
 
 def _gguf_call(folder: str, file: str) -> str:

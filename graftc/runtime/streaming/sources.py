@@ -106,7 +106,7 @@ def _check_base(artifact: Artifact, checkpoint: TensorFolder, names: FileNames) 
         message = f"{artifact.path} adapts a model other than {checkpoint.path}: {wrong[0]}"
         more = [f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []
         hint = "name the base, in the dtype in which it was adapted: --model MODEL; merge in memory if its class"
-        hint += " names tensors differently from its files"
+        hint += " names tensors differently from its files, or if it creates tensors that they lack, such as a new head"
         raise GraftError("GC087", message, hint=hint, details=[*wrong[1:20], *more])
 
 

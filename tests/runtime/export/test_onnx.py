@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,9 +98,21 @@ def test_unknown_format(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime checks the file before it is put in place; without agreement there is no file."""
+    import onnx
+
     from graftc.runtime.export import onnx as writer
 
-    monkeypatch.setattr(writer, "TOLERANCE", -1.0)
+    def save_wrongly(model: object, path: Path) -> None:
+        save(model, path)
+        stored = onnx.load(path)
+        weight = max(stored.graph.initializer, key=lambda own: len(own.raw_data))
+        weight.CopyFrom(
+            onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.05), weight.name)
+        )
+        onnx.save(stored, path)
+
+    save = writer.save_onnx
+    monkeypatch.setattr(writer, "save_onnx", save_wrongly)
     with pytest.raises(GraftError, match="differs from torch") as error:
         adapted("bert", **SPEC).merge().export(tmp_path / "model.onnx")
     assert error.value.code == "GC060"

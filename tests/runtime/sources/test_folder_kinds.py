@@ -19,7 +19,8 @@ from graftc.testing.families import tiny
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
 ADAPTER, ARTIFACT, CHECKPOINT = "a PEFT adapter", "a graftc artifact", "a trainer's checkpoint of a compiled model"
-PLAIN, QUANTISED = "a transformers model, merged or never adapted", "a transformers model quantised by gptq"
+PLAIN = "a transformers model without graftc.json, which merged.save writes"
+QUANTISED = "a transformers model quantised by gptq"
 CALLS = {
     "adapter": (ADAPTER, "graftc.import_peft({path!r}, model)"),
     "artifact": (ARTIFACT, "graftc.load({path!r})"),
