@@ -31,12 +31,15 @@ _ADALORA = (
 )
 _VIRTUAL = (
     "**Virtual tokens.** PEFT keeps their table in float32 on a base in float64, so its values are rounded when they "
-    "are loaded, and it trains in float32. With a table in float64, tiny models agree to 1e-15."
+    "are loaded, and it trains in float32. With a table in float64, first gradients of SmolLM2 agree to 5e-15 for "
+    "prompt tuning and to 2e-14 for prefix tuning, and the losses of prompt tuning to 1.4e-13. Training a prefix "
+    "magnifies rounding: its losses then differ by 3.6e-7, where PEFT's own differ by 8.6e-6 if the prefix starts one "
+    "rounding away. In float32 there is only this rounding."
 )
 CAUSES: Mapping[tuple[str, str], str] = {
     **{("C3A", dtype): _C3A for dtype in GATES},
     ("AdaLoRA", "float64"): _ADALORA,
-    **{(name, "float64"): _VIRTUAL for name in ("Prompt tuning", "Prefix tuning")},
+    **{(name, dtype): _VIRTUAL for name in ("Prompt tuning", "Prefix tuning") for dtype in GATES},
 }
 """By the name of a row and its dtype; each was checked by removing it."""
 
