@@ -182,6 +182,19 @@ def test_a_card_names_the_license_of_its_base(folder: Path, capsys: pytest.Captu
     assert "license: gpl-3.0" in run_here(capsys, "card", "adapter", "--license", "gpl-3.0").out
 
 
+def test_paths_in_a_config_stay_private(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for path, shown in (
+        ("/home/john/secret/base", '"base"'),
+        ("C:\\Users\\john\\base", '"base"'),
+        ("owner/base", '"owner/base"'),
+    ):
+        file.write_text(json.dumps({**config, "peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": path}))
+        text = run_here(capsys, "card", "adapter").out
+        assert f'"tokenizer_name_or_path": {shown}' in text and "john" not in text
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

@@ -30,8 +30,8 @@ def load_as_trl(settings: TrlSettings) -> tuple[Any, Any]:
     create: Any = import_module("trl.trainer.utils").create_model_from_path
     training, name = settings.training, settings.model.model_name_or_path
     options: dict[str, Any] = {"device_map": None, **(training.model_init_kwargs or {})}
-    options.setdefault("trust_remote_code", training.trust_remote_code)
-    words: dict[str, Any] = {"revision": options.get("revision"), "trust_remote_code": training.trust_remote_code}
+    options |= {"trust_remote_code": False, "use_safetensors": True}  # never code from a folder, and never pickles
+    words: dict[str, Any] = {"revision": options.get("revision"), "trust_remote_code": False}
     scores = settings.trainer == "reward"
     if settings.trainer in ("grpo", "rloo"):
         words |= {"truncation_side": "left", "padding_side": "left"}

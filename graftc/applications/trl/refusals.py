@@ -29,11 +29,21 @@ class Refused(NamedTuple):
     when: Callable[[Any], bool] = bool
 
 
+_REMOTE = Refused("trust_remote_code", "a model whose class transformers has: code from a folder is never run")
+_LOADING = (
+    ("quantization_config", _PACKED, lambda _: True),
+    ("trust_remote_code", _REMOTE.instead, bool),
+    ("use_safetensors", "a model with safetensors: graftc reads no pickles", lambda value: value is False),
+)
+"""Options for loading the base that are refused, each with the alternative and the values."""
+
 _OF_MODELS = (
+    _REMOTE,
     Refused("load_in_4bit", _PACKED),
     Refused("load_in_8bit", "load the base in full precision, or give a spec with quantize: int8 (--spec)"),
 )
 _OF_TRAINING = (
+    _REMOTE,
     Refused("use_vllm", _GENERATE),
     Refused("use_transformers_paged", _GENERATE),
     Refused("use_transformers_continuous_batching", _GENERATE),
@@ -58,9 +68,6 @@ _OF_TRAINING = (
         "a checkpoint that graftc trl wrote, or graftc import-peft for the adapter",
         lambda path: isinstance(path, str) and (Path(path) / CONFIG).is_file(),
     ),
-    Refused(
-        "model_init_kwargs", _PACKED, lambda options: isinstance(options, dict) and "quantization_config" in options
-    ),
 )
 _LORA = ("use_rslora", "use_dora")
 
@@ -82,6 +89,10 @@ def check_settings(settings: TrlSettings) -> None:
             value = getattr(config, each.key, None)
             if each.when(value):
                 raise unsupported(f"{each.key}: {_shown(value)}", each.instead)
+    options = getattr(settings.training, "model_init_kwargs", None) or {}
+    for key, instead, refuses in _LOADING:
+        if key in options and refuses(options[key]):
+            raise unsupported(f"model_init_kwargs: {key}: {_shown(options[key])}", instead)
     resumed = settings.training.resume_from_checkpoint
     if isinstance(resumed, str) and not Path(resumed).is_dir():
         message = f"resume_from_checkpoint is not a directory: {resumed}"

@@ -28,7 +28,7 @@ from graftc.applications.trl.adapting import (
 )
 from graftc.applications.trl.refusals import check_settings
 from graftc.applications.trl.settings import TRAINERS, TrlSettings, package, script_of
-from graftc.files.destinations import check_destination
+from graftc.files.destinations import check_destination, holds
 from graftc.runtime.artifact.places import is_ours
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError, first_line
@@ -79,6 +79,10 @@ def train(settings: TrlSettings) -> TrlRun:
         settings = replace(settings, spec=parsed_spec(settings.spec))
     if settings.artifact is not None:
         check_destination(settings.artifact, replaceable=is_ours)
+        if holds(settings.artifact, out := Path(settings.training.output_dir)) or holds(out, settings.artifact):
+            raise GraftError(
+                "GC063", f"{settings.artifact} overlaps output_dir, {out}", hint="write it beside output_dir"
+            )
     trl = package("trl")
     created: list[_Created] = []
     kind = getattr(trl, TRAINERS[settings.trainer])

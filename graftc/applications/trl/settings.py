@@ -14,6 +14,8 @@ from typing import Any
 
 from graftc.specs.errors.diagnostics import GraftError, correction, first_line
 from graftc.specs.errors.packages import optional_package
+from graftc.specs.regular_files import read_regular
+from graftc.specs.source import FILE, read_yaml
 
 TRAINERS: Mapping[str, str] = {
     "sft": "SFTTrainer",
@@ -100,6 +102,8 @@ def read_settings(
         GraftError: GC061 without TRL, GC200 for a file or options that TRL's parser does not accept.
     """
     place = str(config) if config is not None else "the options"
+    if config is not None:
+        _require_plain(config, trainer)
     known = script_of(trainer).make_parser().dataclass_types
     parser = package("trl").TrlParser((*known, GraftcArguments), prog=f"graftc trl {trainer}")
 
@@ -123,6 +127,24 @@ def read_settings(
     destination = own.graftc_artifact if artifact is None else artifact
     folder = None if destination is None else Path(destination).expanduser()
     return TrlSettings(trainer, script, training, model, datasets, spec_or_path, folder)
+
+
+def _require_plain(config: Path, trainer: str) -> None:
+    """Raise if a file is not YAML within the limits of specs, or sets environment variables.
+
+    TRL's parser has no limits: a few aliases of aliases would fill the memory.
+    """
+    try:
+        text = read_regular(config, FILE).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise GraftError("GC200", f"{config}: {first_line(error)}", hint=_help(trainer)) from error
+    try:
+        content, _ = read_yaml(text, str(config))
+    except GraftError as error:
+        raise GraftError("GC200", f"{config}: {error.message}", hint=error.hint, place=error.place) from error
+    if isinstance(content, dict) and "env" in content:
+        message = f"{config}: env would set environment variables of graftc's own process"
+        raise GraftError("GC200", message, hint="set them where graftc is started")
 
 
 def _keys(words: Sequence[str]) -> list[str]:

@@ -43,6 +43,8 @@ arguments; None where there is none."""
 
 _BASE = ("base_model_name_or_path", "auto_mapping")
 """Fields of a config that say which model the base is."""
+_PATH_FIELD = re.compile(r"path|dir|file")
+"""Part of the names of fields that may contain paths on someone's machine."""
 _LAYER = re.compile(r"\.(\d{1,6})\.")
 
 
@@ -178,7 +180,13 @@ def _places(modules: Collection[PeftModule]) -> Iterator[str]:
 def _settings(config: AdapterConfig) -> dict[str, Any]:
     """Return the fields of a config that are set, without the base's location."""
     fields = {**config.model_dump(include=set(type(config).model_fields)), **config.own}
-    return {name: value for name, value in sorted(fields.items()) if name not in _BASE and _is_set(value)}
+    own = {name: value for name, value in sorted(fields.items()) if name not in _BASE and _is_set(value)}
+    return {name: _last_part(value) if _PATH_FIELD.search(name) else value for name, value in own.items()}
+
+
+def _last_part(path: Any) -> Any:
+    """Return the last part of a path, as for the base's; other values as they are, and so names on the hub."""
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1] if isinstance(path, str) and not is_hub_id(path) else path
 
 
 def _is_set(value: Any) -> bool:

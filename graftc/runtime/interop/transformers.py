@@ -76,9 +76,10 @@ def _plain_config(config: Any) -> Any:
 
 
 def _require_as_built(compilation: Compilation, built: nn.Module) -> None:
-    """Raise if the model that was captured runs other code in a module than a new instance of its class does.
+    """Raise if the model that was captured computes something else in a module than a new instance of its class does.
 
-    Modules with packed weights are replaced by the libraries that packed them, and are not compared.
+    Code and numbers are compared, such as a norm's epsilon, and which parameters there are. Forward hooks, and modules
+    with packed weights, which the libraries that packed them have replaced, are not.
 
     Raises:
         GraftError: GC052.
@@ -91,11 +92,28 @@ def _require_as_built(compilation: Compilation, built: nn.Module) -> None:
             difference = f"{path} is missing"
         elif path not in packed and _code_of(live[path]) is not _code_of(module):
             difference = f"{path or 'the model'} is a {type(live[path]).__name__} that runs other code"
+        elif path not in packed and (other := _other_setting(live[path], module)):
+            difference = f"{other} of {path or 'the model'} was changed"
         else:
             continue
         message = f"{difference}; {type(built).__name__} builds a {type(module).__name__} there"
         hint = "export to ONNX or .pt2 instead, which contain the graph of the model as it is"
         raise GraftError("GC052", message, hint=hint)
+
+
+_STATE = frozenset({"training", "gradient_checkpointing", "max_seq_len_cached"})
+"""Numbers of modules that change in use, without changing what an evaluation computes."""
+
+
+def _other_setting(live: nn.Module, built: nn.Module) -> str:
+    """Return the name of a number or a parameter in which two modules differ; empty if there is none."""
+    for name, own in vars(built).items():
+        if isinstance(own, int | float) and not name.startswith("_") and name not in _STATE:
+            other = vars(live).get(name)
+            if isinstance(other, int | float) and other != own:
+                return name
+    names = [{name for name, _ in own.named_parameters("", False, False)} for own in (live, built)]
+    return min(names[0] - names[1], default="")
 
 
 def _code_of(module: nn.Module) -> Any:

@@ -101,7 +101,7 @@ def run_valid_quietly(capsys: pytest.CaptureFixture[str], trainer: str, config: 
 def test_a_spec_takes_the_place_of_pefts_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config("sft", tmp_path, **WITHOUT, graftc_spec={"adapt": [LORA]}, max_steps=9)
     text = run_here(capsys, "trl", "sft", "--config", str(config), "--max_steps", "1")
-    assert text.status == 0 and "1,344 elements, 1 steps" in text.out and "wrote out: an adapter for PEFT" in text.out
+    assert text.status == 0 and "1,344 elements, 1 step" in text.out and "wrote out: an adapter for PEFT" in text.out
     assert graftc.import_peft("out", graftc.load_base("base")).report.trainable_parameters == 1344
 
 
@@ -138,6 +138,9 @@ UNSUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient_checkpointing_kwargs": ("sft", {"gradient_checkpointing_kwargs": {"use_reentrant": True}}),
     "chat_template_path": ("sft", {"chat_template_path": "scoring"}),
     "model_init_kwargs": ("sft", {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}),
+    "trust_remote_code: true": ("dpo", {"trust_remote_code": True}),
+    "model_init_kwargs: trust_remote_code: true": ("sft", {"model_init_kwargs": {"trust_remote_code": True}}),
+    "model_init_kwargs: use_safetensors: false": ("sft", {"model_init_kwargs": {"use_safetensors": False}}),
     "use_vllm": ("grpo", {"use_vllm": True, "vllm_mode": "colocate"}),
     "use_transformers_paged": ("rloo", {"use_transformers_paged": True}),
 }
@@ -164,6 +167,12 @@ WRONG: dict[str, tuple[str, str]] = {
     "no model": ("use_peft: true\n", "model_name_or_path is missing"),
     "two adapters": ("model_name_or_path: base\nuse_peft: true\ngraftc_spec: {}\n", "use_peft and a spec"),
     "a rank beside a spec": ("model_name_or_path: base\nlora_r: 4\ngraftc_spec: {}\n", "lora_r has no effect"),
+    "environment variables": ("env: {LD_PRELOAD: x}\nuse_peft: true\n", "env would set"),
+    "a key twice": ("use_peft: true\nuse_peft: false\n", "use_peft"),
+    "aliases of aliases": (
+        "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join(10 * [f'*a{i - 1}'])}]\n" for i in range(1, 10)),
+        "more than",
+    ),
     "no checkpoint": ("use_peft: true\nresume_from_checkpoint: gone\n", "is not a directory: gone"),
 }
 
@@ -175,7 +184,11 @@ def test_a_config_that_cannot_be_used_is_refused(
 ) -> None:
     text, message = WRONG[wrong]
     (tmp_path / "sft.yaml").write_text(text, encoding="utf-8")
-    options = [] if wrong in ("not YAML", "a list") else ["--use_cpu", "--bf16", "False", "--report_to", "none"]
+    options = (
+        []
+        if wrong in ("not YAML", "a list", "environment variables", "a key twice", "aliases of aliases")
+        else ["--use_cpu", "--bf16", "False", "--report_to", "none"]
+    )
     assert message in refused(capsys, "GC200", "sft", "--config", "sft.yaml", *options)["message"]
 
 
@@ -199,6 +212,16 @@ def test_data_and_models_that_are_missing(gone: str, tmp_path: Path, capsys: pyt
 def test_an_artifact_that_exists_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(write_config("sft", tmp_path, model_name_or_path="nowhere"))
     refused(capsys, "GC063", "sft", "--config", config, "--artifact", "texts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("artifact", ["out", "out/artifact", "."])
+def test_an_artifact_in_the_output_is_refused_first(
+    artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(write_config("sft", tmp_path, model_name_or_path="nowhere"))
+    refused(capsys, "GC063", "sft", "--config", config, "--artifact", artifact)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("package", ["trl", "peft"])

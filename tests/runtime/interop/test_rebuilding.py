@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,47 @@ def redirected() -> Any:
     plain = norm.forward
     norm.forward = types.MethodType(lambda self, x: 2 * plain(x), norm)
     return model
+
+
+def with_epsilon(model: Any) -> None:
+    model.model.layers[1].input_layernorm.variance_epsilon = 0.5
+
+
+def with_scaling(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling = 0.9
+
+
+def with_bias(model: Any) -> None:
+    down = model.model.layers[0].mlp.down_proj
+    down.bias = nn.Parameter(torch.ones(down.out_features))
+
+
+def with_other_config(model: Any) -> None:
+    model.config.rms_norm_eps = 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (with_epsilon, "variance_epsilon of model.layers.1.input_layernorm"),
+        (with_scaling, "scaling of model.layers.0.self_attn"),
+        (with_bias, "bias of model.layers.0.mlp.down_proj"),
+        (with_other_config, "variance_epsilon of model.layers.0.input_layernorm"),
+    ],
+)
+def test_other_settings_are_refused(change: Any, named: str) -> None:
+    """The class builds modules from its config alone, so what was set on a module afterwards would be lost."""
+    model = tiny("llama")
+    change(model)
+    with pytest.raises(GraftError, match=re.escape(f"GC052: {named} was changed")):
+        merged_of(model).to_transformers()
+
+
+def test_state_of_training_is_no_setting() -> None:
+    model = tiny("llama").train()
+    model.gradient_checkpointing_enable()
+    merged = merged_of(model)
+    torch.testing.assert_close(merged.to_transformers()(IDS).logits, merged(IDS).logits)
 
 
 @pytest.mark.parametrize("changed", [replaced, redirected])
