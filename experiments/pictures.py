@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +42,44 @@ Draw = Callable[[Any, Theme, Path], bool]
 """A function that draws on axes from the cells in a folder, and returns whether there was anything to draw."""
 
 
+_BELOW = 3
+"""How many points below the lowest floor a picture begins."""
+_WIDTH, _HEIGHT = 0.45, 0.6
+"""The room for a label, in decades and in points."""
+
+
 def over_parameters(axes: Any, theme: Theme, folder: Path) -> bool:
-    """Draw test accuracies over the number of trained values, with intervals where there are several seeds."""
+    """Draw test accuracies over the number of trained values; rows with several seeds have a name and an interval."""
     table = Table(encoder_settings()[0], REPEATED, folder)
-    for name, style in ((ALONE, "--"), (FLOOR, ":")):
-        if name in table.rows:
-            mean = 100 * table.rows[name].interval().mean
-            axes.axhline(mean, color=theme.text, linestyle=style, linewidth=1)
-            place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": 8}
-            axes.text(1, mean, name, color=theme.text, **place)
+    floors = {name: 100 * table.rows[name].interval().mean for name in (ALONE, FLOOR) if name in table.rows}
+    for name, mean in floors.items():
+        axes.axhline(mean, color=theme.text, linestyle="--" if name == ALONE else ":", linewidth=1)
+        lowest = mean == min(floors.values())
+        place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "top" if lowest else "bottom"}
+        axes.text(1, mean, name, color=theme.text, fontsize=8, **place)
     shown = [own for name, own in table.rows.items() if name not in FLOORS]
-    for own in sorted(shown, key=lambda own: own.trained):
+    least = min(floors.values(), default=0) - _BELOW
+    below = [own for own in shown if 100 * own.first < least]
+    labels: list[tuple[float, float]] = []
+    for own in sorted((own for own in shown if own not in below), key=lambda own: own.trained):
         interval = own.interval()
         axes.plot(own.trained, 100 * own.first, marker="o", markersize=5, fillstyle="none", color=theme.series[5])
         if not math.isnan(interval.half):
             bar = {"fmt": "o", "markersize": 4, "color": theme.series[0]}
             axes.errorbar(own.trained, 100 * interval.mean, yerr=100 * interval.half, **bar)
-        place = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": 7, "color": theme.text}
-        axes.annotate(own.row.name, (own.trained, 100 * interval.mean), **place)
+        if len(own.records) > 1:
+            at, mean = math.log10(own.trained), 100 * interval.mean
+            taken = [y for x, y in labels if abs(at - x) < _WIDTH]
+            heights = (mean + sign * _HEIGHT * step for step in count() for sign in (1, -1))
+            height = next(height for height in heights if all(abs(height - y) >= _HEIGHT for y in taken))
+            labels.append((at, height))
+            axes.text(1.12 * own.trained, height, own.row.name, color=theme.text, fontsize=8, va="center")
+    if below:
+        lowest_first = sorted(below, key=lambda own: own.first)
+        names = ", ".join(f"{own.row.name} {100 * own.first:.1f}" for own in lowest_first)
+        place = {"transform": axes.transAxes, "va": "bottom", "fontsize": 8}
+        axes.text(0.01, 0.01, f"lower: {names}", color=theme.text, **place)
+        axes.set_ylim(bottom=least)
     axes.set_xscale("log")
     axes.set_xlabel("trained values, besides the head")
     axes.set_ylabel("test accuracy, % (circles: first seed)")

@@ -64,7 +64,7 @@ def test_the_page_lists_every_example() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     listed = re.findall(r"\]\(([^)]+)\)", text)
     there = [
-        *(p.name for p in EXAMPLES.glob("*.py")),
+        *(p.name for pattern in ("*.py", "*.ipynb") for p in EXAMPLES.glob(pattern)),
         *(f"specs/{p.name}" for p in SPECS),
         "plugin",
         "plugin_exporter",

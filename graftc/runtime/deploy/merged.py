@@ -20,8 +20,8 @@ from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.deploy.merged_folder import save_merged
 from graftc.runtime.deploy.widening import widened
 from graftc.runtime.export.components import export_components
+from graftc.runtime.export.exported_signature import without_labels
 from graftc.runtime.export.exporting import Exporting
-from graftc.runtime.export.labels import without_labels
 from graftc.runtime.export.metadata import FoldEvidence
 from graftc.runtime.interop.transformers import to_transformers
 from graftc.runtime.model.adapted import AdaptedRunner

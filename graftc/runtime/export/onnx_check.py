@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from graftc.compiler.capture.past import PAST
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.passes.core.ir.past_inputs import is_past
 from graftc.runtime.export.module import ExportModule
-from graftc.runtime.export.rounding import rounded_outputs
 from graftc.runtime.onnx_generation.adapter_files import SUFFIX
 from graftc.specs.errors.diagnostics import GraftError, first_line
 from graftc.specs.errors.packages import optional_package
@@ -26,6 +25,8 @@ A larger one is allowed if rounding the weights differently changes torch's own 
 
 _MOST_NOISE = 0.01
 """The largest difference that rounding may explain, relative to the largest output."""
+TIMES = 8
+"""The number of roundings that are tried."""
 
 
 def check_onnx(module: ExportModule, path: Path, adapters: Iterable[Path] = ()) -> None:
@@ -205,3 +206,27 @@ def _counted(value: Tensor, counting: Tensor | None) -> Tensor:
 
 def _bound(dtype: torch.dtype) -> float:
     return TOLERANCE if dtype in (torch.float32, torch.float64) else 0.05
+
+
+@torch.no_grad()
+def rounded_outputs(module: ExportModule, inputs: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """Yield a module's outputs by name, each time with its weights rounded in another way.
+
+    Every entry of a floating-point tensor is multiplied by ``1 + r``, with ``r`` drawn from ``[-eps / 2, eps / 2]`` of
+    its dtype, by a fixed seed. The module's own tensors stay as they are; a copy of them is made each time.
+
+    Args:
+        module: the module.
+        inputs: its inputs.
+    """
+    tensors = dict((*module.module.named_parameters(), *module.module.named_buffers()))
+    for seed in range(TIMES):
+        generator = torch.Generator().manual_seed(seed)
+        changed = {name: _rounded(own, generator) for name, own in tensors.items() if own.is_floating_point()}
+        yield torch.func.functional_call(module.module, changed, kwargs=dict(inputs))
+
+
+def _rounded(own: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.rand(own.shape, generator=generator, dtype=torch.float64).sub_(0.5)
+    drawn.mul_(torch.finfo(own.dtype).eps).add_(1)
+    return drawn.to(own.device).mul_(own.detach()).to(own.dtype)

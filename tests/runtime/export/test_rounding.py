@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from graftc.runtime.export.module import ExportModule
-from graftc.runtime.export.onnx_check import TOLERANCE, require_close
-from graftc.runtime.export.rounding import TIMES, rounded_outputs
+from graftc.runtime.export.onnx_check import TIMES, TOLERANCE, require_close, rounded_outputs
 from graftc.specs.errors.diagnostics import GraftError
 from tests.kit.models import adapted
 
