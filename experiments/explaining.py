@@ -53,13 +53,13 @@ def misses(record: Record) -> tuple[str, ...]:
 def causes(records: Iterable[Record]) -> dict[str, list[Record]]:
     """Return the records that miss a gate by the causes."""
     records = list(records)
-    exact: dict[tuple[str, str], set[str]] = {}
+    within_gates: dict[tuple[str, str], set[str]] = {}
     for record in records:
         if record.cell.dtype == "float64":
-            exact[record.cell.model, record.cell.name] = GATES["float64"].keys() - set(misses(record))
+            within_gates[record.cell.model, record.cell.name] = GATES["float64"].keys() - set(misses(record))
     by_cause: dict[str, list[Record]] = {}
     for record in filter(misses, records):
-        within = exact.get((record.cell.model, record.cell.name), set())
+        within = within_gates.get((record.cell.model, record.cell.name), set())
         rounded = record.cell.dtype == "float32" and within.issuperset(misses(record))
         cause = ROUNDED if rounded else CAUSES.get((record.cell.name, record.cell.dtype), UNKNOWN)
         by_cause.setdefault(cause, []).append(record)

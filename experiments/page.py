@@ -81,7 +81,7 @@ def text(folder: Path = FOLDER) -> str:
     order = {str(cell): number for number, cell in enumerate(_PARITY)}
     shown = sorted(latest.values(), key=lambda record: order.get(str(record.cell), len(order)))
     training = (*sections(folder), *decoder.section(folder), *claims.section(folder))
-    rest = (*drift.section(folder), "", *times.section(folder))
+    rest = (*drift.section(folder), *times.section(folder))
     parts = (_HEAD, *summary(folder), _PARITY_HEAD, *_parity(shown), "", *training, *rest)
     return "\n".join(parts).rstrip("\n") + "\n"
 

@@ -54,23 +54,16 @@ Certify: TypeAlias = Annotated[
     bool,
     typer.Option("--certify/--no-certify", help="Fold the adaptations, and store the certificate in the artifact."),
 ]
-ArtifactArgument: TypeAlias = Annotated[
-    Path,
-    typer.Argument(
-        metavar="DIR",
-        help="An artifact: a folder that graftc compile wrote.",
-        show_default=False,
-        autocompletion=completion.artifacts,
-    ),
-]
+
+
+def folder_argument(help: str) -> Any:
+    """Return the argument DIR of a command, with a text that says which folders it takes."""
+    return typer.Argument(metavar="DIR", help=help, show_default=False, autocompletion=completion.artifacts)
+
+
+ArtifactArgument: TypeAlias = Annotated[Path, folder_argument("An artifact: a folder that graftc compile wrote.")]
 SealedArgument: TypeAlias = Annotated[
-    Path,
-    typer.Argument(
-        metavar="DIR",
-        help="An artifact, or the folder of a merged model with its graftc.json.",
-        show_default=False,
-        autocompletion=completion.artifacts,
-    ),
+    Path, folder_argument("An artifact, or the folder of a merged model with its graftc.json.")
 ]
 BaseOption: TypeAlias = Annotated[
     str | None,

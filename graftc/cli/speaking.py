@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO, T
 import typer
 
 from graftc.cli import completion
+from graftc.cli.options import folder_argument
 from graftc.records.applications.answers import Answer, Settings
 from graftc.records.results import CommandResult
 from graftc.specs.errors.diagnostics import GraftError
@@ -23,12 +24,7 @@ if TYPE_CHECKING:
 
 TextArgument: TypeAlias = Annotated[
     Path,
-    typer.Argument(
-        metavar="DIR",
-        help="An artifact, a merged model, any other transformers folder, or (with --model) a PEFT adapter.",
-        show_default=False,
-        autocompletion=completion.artifacts,
-    ),
+    folder_argument("An artifact, a merged model, any other transformers folder, or (with --model) a PEFT adapter."),
 ]
 TokenizerOption: TypeAlias = Annotated[
     str | None,

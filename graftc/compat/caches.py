@@ -21,11 +21,11 @@ def under_own_name(arguments: Mapping[str, Any], name: str | None) -> dict[str, 
         arguments: the arguments by name; two caches stay as they are.
         name: the name of the cache parameter; None if there is none, and then nothing changes.
     """
-    given = [other for other in CACHES if arguments.get(other) is not None]
-    if name is None or len(given) != 1:
+    passed = [other for other in CACHES if arguments.get(other) is not None]
+    if name is None or len(passed) != 1:
         return dict(arguments)
     others = {other: value for other, value in arguments.items() if other not in CACHES}
-    return {**others, name: arguments[given[0]]}
+    return {**others, name: arguments[passed[0]]}
 
 
 def cache_of(outputs: Mapping[str, Any]) -> Any:

@@ -219,7 +219,7 @@ def test_the_classes_that_load_bases_are_of_transformers() -> None:
 
 
 def test_a_merged_model_without_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is loaded as tensors, since no class is known; a config that names code of its own is no class either."""
+    """The card loads the tensors alone, since no class is known."""
     from graftc.records.certificate import Certificate
     from graftc.runtime.artifact.records import write_merged_record
     from graftc.runtime.artifact.write import listed

@@ -58,8 +58,9 @@ def test_its_links_have_targets(cells: list[dict[str, Any]]) -> None:
 
 def test_every_cell_of_code_is_a_block_at_its_line() -> None:
     lines = NOTEBOOK.read_text(encoding="utf-8").splitlines()
-    found = blocks("tour.ipynb", "python", EXAMPLES)
-    assert len(found) > 10 and all(lines[block.line - 1].strip() == '"source": [' for block in found)
+    cells_of_code = blocks("tour.ipynb", "python", EXAMPLES)
+    assert len(cells_of_code) > 10
+    assert all(lines[block.line - 1].strip() == '"source": [' for block in cells_of_code)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What readers see of a model card: its tokens as GitHub parses them, and whether a text has got out of its place."""
+"""Parse model cards as GitHub does, and check that no text in them escapes its place."""
 
 from __future__ import annotations
 

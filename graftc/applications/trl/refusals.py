@@ -31,11 +31,11 @@ class Refused(NamedTuple):
 
 _REMOTE = Refused("trust_remote_code", "a model whose class transformers has: code from a folder is never run")
 _LOADING = (
-    ("quantization_config", _PACKED, lambda _: True),
-    ("trust_remote_code", _REMOTE.instead, bool),
-    ("use_safetensors", "a model with safetensors: graftc reads no pickles", lambda value: value is False),
+    Refused("quantization_config", _PACKED, lambda _: True),
+    _REMOTE,
+    Refused("use_safetensors", "a model with safetensors: graftc reads no pickles", lambda value: value is False),
 )
-"""Options for loading the base that are refused, each with the alternative and the values."""
+"""Options for loading the base, which are keys of ``model_init_kwargs``."""
 
 _OF_MODELS = (
     _REMOTE,
@@ -90,9 +90,9 @@ def check_settings(settings: TrlSettings) -> None:
             if each.when(value):
                 raise unsupported(f"{each.key}: {_shown(value)}", each.instead)
     options = getattr(settings.training, "model_init_kwargs", None) or {}
-    for key, instead, refuses in _LOADING:
-        if key in options and refuses(options[key]):
-            raise unsupported(f"model_init_kwargs: {key}: {_shown(options[key])}", instead)
+    for each in _LOADING:
+        if each.key in options and each.when(options[each.key]):
+            raise unsupported(f"model_init_kwargs: {each.key}: {_shown(options[each.key])}", each.instead)
     resumed = settings.training.resume_from_checkpoint
     if isinstance(resumed, str) and not Path(resumed).is_dir():
         message = f"resume_from_checkpoint is not a directory: {resumed}"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graftc.cli import completion
 from graftc.cli.command import CommandRun, command
+from graftc.cli.options import folder_argument
 from graftc.records.cards import CardMetadata
 from graftc.records.fields import DescribedFolder
 from graftc.records.results import CommandResult
@@ -39,12 +39,7 @@ def card(
     run: CommandRun,
     directory: Annotated[
         Path,
-        typer.Argument(
-            metavar="DIR",
-            help="An artifact, a merged model with its graftc.json, or a PEFT adapter.",
-            show_default=False,
-            autocompletion=completion.artifacts,
-        ),
+        folder_argument("An artifact, a merged model with its graftc.json, or a PEFT adapter."),
     ],
     out: Annotated[
         Path | None,

@@ -19,6 +19,22 @@ NARROW = (torch.bfloat16, torch.float16)
 """The 16-bit dtypes, which may round a small update away; values in them can be widened to float32."""
 
 
+def rounded_differently(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a weight of which every entry is multiplied by ``1 + r``, with ``r`` in ``[-eps / 2, eps / 2]``.
+
+    Args:
+        weight: a floating-point tensor, which stays as it is.
+        generator: draws ``r``, on the CPU.
+
+    Returns:
+        The products, in the weight's dtype.
+    """
+    wide = torch.float32 if weight.dtype in NARROW else torch.float64
+    factors = torch.rand(weight.shape, generator=generator, dtype=wide).sub_(0.5)
+    factors.mul_(torch.finfo(weight.dtype).eps).add_(1)
+    return factors.to(weight.device).mul_(weight.detach()).to(weight.dtype)
+
+
 def round_pieces(into: Tensor, exact: Tensor) -> None:
     """Round a float64 tensor once into a contiguous tensor of the same shape, to the latter's dtype."""
     for to, own in pieces(into, exact):

@@ -117,8 +117,8 @@ def merged_spec(record: MergedRecord, where: str) -> Spec | None:
     """Return the spec of a merged model's record; None if what was merged was an adapter of PEFT.
 
     Raises:
-        GraftError: GC082 if it does not contain an adaptation that the certificate covers, or if there is no config of
-            PEFT; the errors of `parse_spec`.
+        GraftError: GC082 if it lacks an adaptation that the certificate covers, or is not a config of PEFT where it
+            should be one; the errors of `parse_spec`.
     """
     if record.adapter is not None and record.adapter.kind == "peft":
         with library_errors("GC082", f"{where} is damaged: {RECORD} contains no config of PEFT"):

@@ -24,7 +24,7 @@ def is_license(text: str) -> bool:
 
 
 def license_of(base: Reference) -> str | None:
-    """Return the license that the card of a base states; None if there is no card on this machine, or no license in it.
+    """Return the license in the card of a base; None if no card is on this machine, or it states none.
 
     Args:
         base: a folder, or a hub id, which is looked up in the hub's cache only.
@@ -37,8 +37,8 @@ def license_of(base: Reference) -> str | None:
     except (OSError, ValueError):
         return None
     front = _FRONT.match(text)
-    found = [match["license"] for match in _FIELD.finditer(front["front"])] if front is not None else []
-    return found[0] if len(found) == 1 and is_license(found[0]) else None
+    licenses = [match["license"] for match in _FIELD.finditer(front["front"])] if front is not None else []
+    return licenses[0] if len(licenses) == 1 and is_license(licenses[0]) else None
 
 
 def _card_of(base: Reference) -> Path | None:
@@ -52,7 +52,7 @@ def _card_of(base: Reference) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(base.text, CARD, revision=base.revision)
+        cached = try_to_load_from_cache(base.text, CARD, revision=base.revision)
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(cached) if isinstance(cached, str) else None

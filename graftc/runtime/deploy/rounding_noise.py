@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.folding.differences import largest_difference
-from graftc.compiler.folding.rounding import NARROW
+from graftc.compiler.folding.rounding import rounded_differently
 
 TIMES = 8
 """The maximum number of random roundings to try. A router chooses differently in only a few of them."""
@@ -52,10 +52,7 @@ def rounding_noise(
                 break
             generator = torch.Generator().manual_seed(seed)
             for name, own in originals.items():
-                wide = torch.float32 if own.dtype in NARROW else torch.float64
-                drawn = torch.rand(own.shape, generator=generator, dtype=wide).sub_(0.5)
-                drawn.mul_(torch.finfo(own.dtype).eps).add_(1)
-                detached[name].copy_(own.to(wide).mul_(drawn.to(own.device)))
+                detached[name].copy_(rounded_differently(own, generator))
             worst = max(worst, moved())
     finally:
         for name, weight in detached.items():

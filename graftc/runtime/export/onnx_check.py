@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graftc.compiler.capture.past import PAST
 from graftc.compiler.folding.differences import largest_difference, largest_number
+from graftc.compiler.folding.rounding import rounded_differently
 from graftc.passes.core.ir.past_inputs import is_past
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.onnx_generation.adapter_files import SUFFIX
@@ -212,21 +213,15 @@ def _bound(dtype: torch.dtype) -> float:
 def rounded_outputs(module: ExportModule, inputs: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
     """Yield a module's outputs by name, each time with its weights rounded in another way.
 
-    Every entry of a floating-point tensor is multiplied by ``1 + r``, with ``r`` drawn from ``[-eps / 2, eps / 2]`` of
-    its dtype, by a fixed seed. The module's own tensors stay as they are; a copy of them is made each time.
+    The module's own tensors stay as they are; a copy of them is made each time, by `rounded_differently`.
 
     Args:
         module: the module.
         inputs: its inputs.
     """
-    tensors = dict((*module.module.named_parameters(), *module.module.named_buffers()))
+    every = (*module.module.named_parameters(), *module.module.named_buffers())
+    weights = {name: own for name, own in every if own.is_floating_point()}
     for seed in range(TIMES):
         generator = torch.Generator().manual_seed(seed)
-        changed = {name: _rounded(own, generator) for name, own in tensors.items() if own.is_floating_point()}
+        changed = {name: rounded_differently(own, generator) for name, own in weights.items()}
         yield torch.func.functional_call(module.module, changed, kwargs=dict(inputs))
-
-
-def _rounded(own: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.rand(own.shape, generator=generator, dtype=torch.float64).sub_(0.5)
-    drawn.mul_(torch.finfo(own.dtype).eps).add_(1)
-    return drawn.to(own.device).mul_(own.detach()).to(own.dtype)

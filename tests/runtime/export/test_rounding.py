@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from graftc.compiler.folding.rounding import rounded_differently
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.export.onnx_check import TIMES, TOLERANCE, require_close, rounded_outputs
 from graftc.specs.errors.diagnostics import GraftError
@@ -89,3 +90,12 @@ def test_weights_move_by_rounding_alone_and_stay_as_they_are() -> None:
     moves = [float((value - expected).abs().max() / expected.abs().max()) for value in logits]
     assert len(moves) == TIMES and len(set(moves)) > 1 and all(1e-9 < move < 1e-5 for move in moves)
     assert all(torch.equal(tensor, before[name]) for name, tensor in merged.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_rounded_weight_is_a_copy(dtype: torch.dtype) -> None:
+    weight = torch.linspace(-3, 3, 1000).to(dtype)
+    before = weight.clone()
+    rounded = rounded_differently(weight, torch.Generator().manual_seed(0))
+    assert torch.equal(weight, before) and rounded.dtype == dtype and not torch.equal(rounded, weight)
+    assert bool(((rounded - weight).double().abs() <= weight.double().abs() * torch.finfo(dtype).eps).all())

@@ -173,12 +173,12 @@ def test_positions_are_not_rounded() -> None:
     model: Any = tiny("llama").eval()
     model.model.rotary_emb = Angles(model.model.rotary_emb)
     compiled = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}, model).eval()
-    given = {**inputs("llama"), "position_ids": torch.arange(9).expand(2, -1) + 300}
+    example = {**inputs("llama"), "position_ids": torch.arange(9).expand(2, -1) + 300}
     with torch.no_grad():
-        exact = model(**given).logits
-        assert torch.equal(compiled(**given).logits, exact)
+        exact = model(**example).logits
+        assert torch.equal(compiled(**example).logits, exact)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(compiled(**given).logits, model(**given).logits)
+            assert torch.equal(compiled(**example).logits, model(**example).logits)
 
 
 @pytest.mark.slow
