@@ -53,7 +53,8 @@ class MergedRunner(FoldedRunner):
         """Write a folder that transformers loads, with the base's tokenizer and ``graftc.json``.
 
         ``graftc.json`` contains the certificate, the spec and a list of the folder's files. For a model without a
-        config, only the weights are written besides this file.
+        config, only the weights are written besides this file. Otherwise, transformers loads the folder before it
+        appears, and what it loads has to compute what the merged model does on sample inputs.
 
         Args:
             path: the folder to create; it appears only once it is complete.
@@ -91,8 +92,8 @@ class MergedRunner(FoldedRunner):
         """Return an instance of the source's class with the folded weights, which plain transformers can save and load.
 
         Raises:
-            GraftError: GC052 if the class cannot hold a folded tensor or the source has modules that the class does not
-                build, GC032 for a source without a config.
+            GraftError: GC052 if the class cannot hold a folded tensor or builds a model that computes something else, as
+                it was changed after loading; GC032 for a source without a config.
         """
         return to_transformers(self)
 
@@ -116,8 +117,8 @@ class Merged(ModelRoot, Generic[M]):
         """Return an instance of the source's class with the folded weights, which plain transformers can save and load.
 
         Raises:
-            GraftError: GC052 if the class cannot hold a folded tensor or the source has modules that the class does not
-                build, GC032 for a source without a config.
+            GraftError: GC052 if the class cannot hold a folded tensor or builds a model that computes something else, as
+                it was changed after loading; GC032 for a source without a config.
         """
         model: M = self._graftc.to_transformers()
         return model

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from graftc.compat.transformers import attention_of
 from graftc.compiler.capture.interface import config_of
+from graftc.compiler.missing_weights import require_weights
 from graftc.files.tensors.writing import save_tensors, writing
 from graftc.files.writing import staged
 from graftc.passes.core.weights.source_lock import source_lock
@@ -16,10 +18,11 @@ from graftc.runtime.artifact.places import is_ours
 from graftc.runtime.artifact.records import write_merged_record
 from graftc.runtime.artifact.write import listed
 from graftc.runtime.deploy.folded_runner import FoldedRunner
-from graftc.runtime.interop.transformers import no_place, require_plain, to_transformers
+from graftc.runtime.interop.rebuilt import require_same_outputs
+from graftc.runtime.interop.transformers import no_place, rebuild, require_plain
 from graftc.runtime.model.runner import ModelRoot, runner_of
 from graftc.runtime.sources.companions import companions_of_model
-from graftc.runtime.sources.models import local_folder, quiet_transformers
+from graftc.runtime.sources.models import from_checkpoint, local_folder, quiet_transformers
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
@@ -68,13 +71,36 @@ def write_merged(merged: ModelRoot | FoldedRunner, folder: Path) -> Any:
         own = {n: t for n, t in runner.folded_state_dict().items() if n not in aliases and n in known}
         save_tensors(own, weights)
         return source
-    model = to_transformers(runner)
+    model = rebuild(runner)
     with quiet_transformers(), writing(weights):
         model.save_pretrained(folder)
         _repeat_rotation(folder / "config.json")
+    del model  # so that there is only one copy at a time
+    model = _loaded_again(runner, folder)
     for file in companions_of_model(source):
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
+    return model
+
+
+def _loaded_again(merged: FoldedRunner, folder: Path) -> Any:
+    """Load the model that was written, and return it if it computes what the merged model does.
+
+    Raises:
+        GraftError: GC052.
+    """
+    source: Any = merged.compilation.source
+    named = f"the {type(source).__name__} that transformers loads from the merged folder"
+    try:
+        with quiet_transformers():
+            model = from_checkpoint(type(source), folder, "the merged folder", dtype=merged.dtype)
+        require_weights(model)
+    except GraftError as error:
+        message = f"transformers cannot load the merged folder: {error.message}"
+        raise GraftError("GC052", message, hint=error.hint, details=error.details) from error
+    if attention_of(model.config) != attention_of(source.config):
+        model.set_attn_implementation(attention_of(source.config))
+    require_same_outputs(merged, model, named)
     return model
 
 

@@ -20,8 +20,8 @@ def base_of(merged: ModelRoot | FoldedRunner) -> Any:
     copy of the source that contains the packed parts.
 
     Raises:
-        GraftError: GC052 if the class cannot hold a folded tensor or the source has modules that the class does not
-            build, GC032 for a source without a config.
+        GraftError: GC052 if the class cannot hold a folded tensor or builds a model that computes something else, as
+            it was changed after loading; GC032 for a source without a config.
     """
     runner: FoldedRunner = runner_of(merged)
     if not runner.store.packed:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,29 +11,17 @@ from torch import Tensor, nn
 
 from graftc.compat.modules import buffers_of, parameters_of
 from graftc.compiler.capture.interface import config_of
-from graftc.compiler.compilation import Compilation
 from graftc.passes.core.weights.store import Store
+from graftc.runtime.interop.rebuilt import FoldedPrograms, require_same_modules, require_same_outputs
 from graftc.specs.errors.diagnostics import GraftError
 
 
-class FoldedModel(Protocol):
+class FoldedModel(FoldedPrograms, Protocol):
     """A model whose adaptations were folded into its weights."""
-
-    @property
-    def compilation(self) -> Compilation:
-        """The compilation that was folded."""
-
-    @property
-    def store(self) -> Store:
-        """The tensors of the folded model."""
 
     @property
     def additions(self) -> Sequence[str]:
         """The names of the biases that folding added."""
-
-    @property
-    def kept(self) -> Mapping[str, str]:
-        """The adaptations that were not folded, each with the reason."""
 
     def folded_state_dict(self) -> dict[str, Tensor]:
         """Return the tensors, keyed by their names in the source model."""
@@ -75,55 +62,19 @@ def _plain_config(config: Any) -> Any:
     return plain
 
 
-def _require_as_built(compilation: Compilation, built: nn.Module) -> None:
-    """Raise if the model that was captured computes something else in a module than a new instance of its class does.
-
-    Code and numbers are compared, such as a norm's epsilon, and which parameters there are. Forward hooks, and modules
-    with packed weights, which the libraries that packed them have replaced, are not.
+def to_transformers(merged: FoldedModel) -> Any:
+    """Implement `Merged.to_transformers`: build the model, and check that it computes what the merged model does.
 
     Raises:
-        GraftError: GC052.
+        GraftError: GC052, GC032 and GC166 as in `Merged.to_transformers`.
     """
-    packed = {name.rpartition(".")[0] for name in compilation.store.packed}
-    # The root of the model that is captured may be graftc's own, around the modules of the source.
-    live = {**dict(compilation.model.named_modules(remove_duplicate=False)), "": compilation.source}
-    for path, module in built.named_modules(remove_duplicate=False):
-        if path not in live:
-            difference = f"{path} is missing"
-        elif path not in packed and _code_of(live[path]) is not _code_of(module):
-            difference = f"{path or 'the model'} is a {type(live[path]).__name__} that runs other code"
-        elif path not in packed and (other := _other_setting(live[path], module)):
-            difference = f"{other} of {path or 'the model'} was changed"
-        else:
-            continue
-        message = f"{difference}; {type(built).__name__} builds a {type(module).__name__} there"
-        hint = "export to ONNX or .pt2 instead, which contain the graph of the model as it is"
-        raise GraftError("GC052", message, hint=hint)
+    model = rebuild(merged)
+    require_same_outputs(merged, model, f"the {type(model).__name__} that the config describes")
+    return model
 
 
-_STATE = frozenset({"training", "gradient_checkpointing", "max_seq_len_cached"})
-"""Numbers of modules that change in use, without changing what an evaluation computes."""
-
-
-def _other_setting(live: nn.Module, built: nn.Module) -> str:
-    """Return the name of a number or a parameter in which two modules differ; empty if there is none."""
-    for name, own in vars(built).items():
-        if isinstance(own, int | float) and not name.startswith("_") and name not in _STATE:
-            other = vars(live).get(name)
-            if isinstance(other, int | float) and other != own:
-                return name
-    names = [{name for name, _ in own.named_parameters("", False, False)} for own in (live, built)]
-    return min(names[0] - names[1], default="")
-
-
-def _code_of(module: nn.Module) -> Any:
-    """Return the function that a module's forward pass runs, below wrappers such as Accelerate's."""
-    forward = inspect.unwrap(module.forward)
-    return getattr(forward, "__func__", forward)
-
-
-def to_transformers(merged: FoldedModel) -> Any:
-    """Implement `Merged.to_transformers`: build the model on the meta device, then insert the folded tensors.
+def rebuild(merged: FoldedModel) -> Any:
+    """Build the source's class on the meta device, then insert the folded tensors.
 
     Raises:
         GraftError: GC052, GC032 and GC166 as in `Merged.to_transformers`.
@@ -134,7 +85,7 @@ def to_transformers(merged: FoldedModel) -> Any:
         raise GraftError("GC032", f"{type(source).__name__} has no config to build it from")
     with torch.device("meta"):
         model: Any = type(merged.compilation.source)(_plain_config(source.config))
-    _require_as_built(merged.compilation, model)
+    require_same_modules(merged.compilation, model)
     tensors = merged.folded_state_dict()
     known = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
     missing = [name for name in merged.additions if name not in known]

@@ -246,8 +246,9 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "have added up over the layers: raise the limit with `fold.budget.logits` or `--budget`, or, if the base is in "
      "16 bits, merge in float32 (`--dtype float32`) to reduce them."),
     ("GC052", _NO, "the model does not fit its class",
-     "Folding had to add a tensor, such as a bias, that the original class does not have; or modules of the model were "
-     "replaced after it was loaded, and the class would build others from the config.",
+     "Folding had to add a tensor, such as a bias, that the original class does not have; or the model was changed "
+     "after it was loaded (modules, numbers, hooks, ties, buffers that are not stored), and the class would build "
+     "another from the config: run on sample inputs, it does not compute what the merged model does.",
      "Export to ONNX or `.pt2`, which contain the graph of the model as it is, or leave the adaptation unfolded."),
     ("GC053", _FAILED, "adapter tensors do not fit",
      "Names and shapes must match those of `adapter_state_dict()`. Nothing was copied.",

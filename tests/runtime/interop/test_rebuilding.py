@@ -116,3 +116,94 @@ def test_wrappers_of_accelerate_run_the_same_code() -> None:
     dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
     assert "forward" in vars(model)
     torch.testing.assert_close(merged_of(model).to_transformers()(input_ids=IDS).logits, expected, rtol=0, atol=1e-6)
+
+
+def with_hook(model: Any) -> None:
+    model.model.norm.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def with_hook_before(model: Any) -> None:
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def with_hook_on_the_model(model: Any) -> None:
+    model.register_forward_hook(lambda module, args, output: type(output)(logits=output.logits + 1))
+
+
+def with_other_ties(model: Any) -> None:
+    model.lm_head.weight = nn.Parameter(1.5 * model.lm_head.weight.detach())
+
+
+def with_call(model: Any) -> None:
+    norm = model.model.norm
+
+    class Called(type(norm)):  # type: ignore[misc]
+        def __call__(self, x: Tensor) -> Tensor:
+            return 2 * super().__call__(x)
+
+    norm.__class__ = Called
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama", with_hook),
+        ("llama", with_hook_before),
+        ("llama", with_hook_on_the_model),
+        ("gpt2", with_other_ties),
+        ("llama", with_call),
+    ],
+)
+def test_what_only_a_run_shows_is_refused(name: str, change: Any, tmp_path: Path) -> None:
+    """Hooks and ties are in no file; the graph has them, and a model that the class builds has not."""
+    model = tiny(name)
+    change(model)
+    compiled: Any = graftc.compile({"adapt": [{"method": "bitfit"}]} if name == "gpt2" else SPEC, model.eval()).eval()
+    perturb(compiled)
+    merged = compiled.merge()
+    with pytest.raises(GraftError, match="GC052"):
+        merged.to_transformers()
+    with pytest.raises(GraftError, match="GC052"):
+        merged.save(tmp_path / "merged")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_buffer_that_no_file_stores_is_refused(tmp_path: Path) -> None:
+    """In memory, the buffer is the live model's own, so only the folder differs."""
+    model = tiny("llama")
+    model.model.rotary_emb.inv_freq *= 0.5
+    merged = merged_of(model)
+    torch.testing.assert_close(merged.to_transformers()(IDS).logits, merged(IDS).logits)
+    with pytest.raises(GraftError, match="GC052: the LlamaForCausalLM that transformers loads from the merged folder"):
+        merged.save(tmp_path / "merged")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+    """The live model has fewer keys and values than its config says."""
+    model = tiny("llama")
+    model.config.vocab_size += 8
+    with pytest.raises(GraftError, match="GC052"):
+        merged_of(model).save(tmp_path / "merged")
+    assert not any(tmp_path.iterdir())
+
+
+def test_hooks_that_change_nothing_are_allowed(tmp_path: Path) -> None:
+    model, seen = tiny("llama"), []
+    model.model.norm.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    merged = merged_of(model)
+    expected = merged(IDS).logits
+    torch.testing.assert_close(merged.to_transformers()(IDS).logits, expected)
+    loaded: Any = type(model).from_pretrained(merged.save(tmp_path / "merged"))
+    torch.testing.assert_close(loaded(IDS).logits, expected)
+    assert seen
+
+
+def test_a_model_of_another_attention_is_compared_with_its_own(tmp_path: Path) -> None:
+    """The folder does not say which kernels to use, so they are those of the live model for the comparison."""
+    model = tiny("llama")
+    model.set_attn_implementation("eager")
+    merged = merged_of(model)
+    assert merged.to_transformers().config._attn_implementation == "eager"
+    loaded: Any = type(model).from_pretrained(merged.save(tmp_path / "merged"))
+    torch.testing.assert_close(loaded(IDS).logits, merged(IDS).logits)

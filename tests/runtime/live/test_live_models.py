@@ -159,6 +159,16 @@ def test_threads_get_their_own_results(named: tuple[str, Case, Any]) -> None:
     assert equal == dict.fromkeys(range(4), True)
 
 
+@pytest.mark.parametrize("path", ["model.language_model.layers.0", "model.visual", ""])
+def test_hooks_of_a_live_model_are_not_lost(path: str) -> None:
+    """The live model's Python calls them, and an instance of its class would not."""
+    case = CASES["qwen2_vl"]()
+    case.model.get_submodule(path).register_forward_hook(lambda module, args, output: output)
+    merged = with_noise(case_compiled("qwen2_vl", case)).merge()
+    with pytest.raises(GraftError, match="GC052: .* has the hook test_hooks_of_a_live_model_are_not_lost"):
+        merged.to_transformers()
+
+
 def generates_as_its_merged_class(trained: Any, case: Case, length: int) -> tuple[dict[str, Any], Any]:
     """Compare greedy tokens of all three; return the arguments and the model of the source's class."""
     merged = trained.merge()
