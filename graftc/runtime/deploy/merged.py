@@ -92,8 +92,8 @@ class MergedRunner(FoldedRunner):
         """Return an instance of the source's class with the folded weights, which plain transformers can save and load.
 
         Raises:
-            GraftError: GC052 if the class cannot hold a folded tensor or builds a model that computes something else, as
-                it was changed after loading; GC032 for a source without a config.
+            GraftError: GC052 if the class cannot hold a folded tensor or builds a model that computes something else
+                because the source was changed after loading; GC032 for a source without a config.
         """
         return to_transformers(self)
 
@@ -117,8 +117,8 @@ class Merged(ModelRoot, Generic[M]):
         """Return an instance of the source's class with the folded weights, which plain transformers can save and load.
 
         Raises:
-            GraftError: GC052 if the class cannot hold a folded tensor or builds a model that computes something else, as
-                it was changed after loading; GC032 for a source without a config.
+            GraftError: GC052 if the class cannot hold a folded tensor or builds a model that computes something else
+                because the source was changed after loading; GC032 for a source without a config.
         """
         model: M = self._graftc.to_transformers()
         return model

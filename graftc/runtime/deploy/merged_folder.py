@@ -71,11 +71,11 @@ def write_merged(merged: ModelRoot | FoldedRunner, folder: Path) -> Any:
         own = {n: t for n, t in runner.folded_state_dict().items() if n not in aliases and n in known}
         save_tensors(own, weights)
         return source
-    model = rebuild(runner)
     with quiet_transformers(), writing(weights):
-        model.save_pretrained(folder)
+        rebuild(runner).save_pretrained(
+            folder
+        )  # released before it is loaded again, so that there is one copy at a time
         _repeat_rotation(folder / "config.json")
-    del model  # so that there is only one copy at a time
     model = _loaded_again(runner, folder)
     for file in companions_of_model(source):
         if not (folder / file.name).exists():
@@ -93,7 +93,7 @@ def _loaded_again(merged: FoldedRunner, folder: Path) -> Any:
     named = f"the {type(source).__name__} that transformers loads from the merged folder"
     try:
         with quiet_transformers():
-            model = from_checkpoint(type(source), folder, "the merged folder", dtype=merged.dtype)
+            model: Any = from_checkpoint(type(source), folder, "the merged folder", dtype=merged.dtype)
         require_weights(model)
     except GraftError as error:
         message = f"transformers cannot load the merged folder: {error.message}"

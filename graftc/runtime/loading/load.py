@@ -32,6 +32,7 @@ from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.loading.base import find_base
 from graftc.runtime.loading.checkpoint import checkpoint_file, load_checkpoint
+from graftc.runtime.loading.same_function import require_same_function
 from graftc.runtime.sources.models import load_as_built
 from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
@@ -105,7 +106,8 @@ def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, r
         recapture: whether to capture the model again even if the artifact's own graphs could be used.
 
     Raises:
-        GraftError: GC084 for tensors that have no place in the spec, GC088 if the spec now adapts different sites.
+        GraftError: GC084 for tensors that have no place in the spec, GC087 if the base computes something else, GC088
+            if the spec now adapts different sites.
     """
     values = artifact.tensors()
     known = {} if recapture else artifact.captures(device_of(model))
@@ -131,6 +133,7 @@ def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, r
     _check_codes(artifact, compilation)
     _take_values(artifact, compilation, values)
     check_graphs(artifact, first, compilation, compilation.main)
+    require_same_function(artifact, compilation)
     return make_compiled(compilation)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from graftc.compiler.capture.identity.fingerprint import tensor_digest
+from graftc.compiler.capture.identity.fingerprint import Identity, config_digest, settings_of, tensor_digest
 from graftc.files.tensors.folder import Refusal, TensorFolder
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
@@ -19,10 +19,11 @@ from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
 from graftc.records.places import AdaptedPlace
 from graftc.runtime.artifact.manifest import ADAPTERS
 from graftc.runtime.artifact.read import Artifact
+from graftc.runtime.sources.models import config_of_folder
 from graftc.runtime.streaming.names import FileNames
 from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
 from graftc.specs.base import MethodSpec
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.io import dump_spec
 
 
@@ -37,6 +38,7 @@ def artifact_updates(artifact: Artifact, checkpoint: TensorFolder) -> AdapterUpd
     names = FileNames(checkpoint, artifact.manifest.base.aliases)
     names.fit(name for name, tensor in artifact.manifest.base.tensors.items() if tensor.parameter)
     _check_base(artifact, checkpoint, names)
+    _note_other_config(artifact, checkpoint)
     tensors = _tensors(artifact)
     graph = artifact.graph("base.eval")
     uses = _Uses(graph, artifact.manifest.base.aliases)
@@ -108,6 +110,25 @@ def _check_base(artifact: Artifact, checkpoint: TensorFolder, names: FileNames) 
         hint = "name the base, in the dtype in which it was adapted: --model MODEL; merge in memory if its class"
         hint += " names tensors differently from its files, or if it creates tensors that they lack, such as a new head"
         raise GraftError("GC087", message, hint=hint, details=[*wrong[1:20], *more])
+
+
+def _note_other_config(artifact: Artifact, checkpoint: TensorFolder) -> None:
+    """Compare the config of a checkpoint's folder, if transformers can read it, with that of the artifact's base.
+
+    Warns:
+        GraftWarning: GC096 if they differ, as the merged folder gets the checkpoint's.
+    """
+    if not (checkpoint.path / "config.json").is_file():
+        return
+    try:
+        config = config_of_folder(checkpoint.path, str(checkpoint.path))
+    except GraftError:
+        return
+    own, other = artifact.identity, Identity(config_digest(config), {}, settings=settings_of(config))
+    if own.config != other.config:
+        message = f"{checkpoint.path}, whose config the merged folder gets, is not as it was adapted: "
+        hint = "merge in memory to keep the settings that were adapted: leave --stream out"
+        warn("GC096", message + own.other_config(other), hint=hint)
 
 
 def differing_tensors(artifact: Artifact, checkpoint: TensorFolder, names: FileNames) -> list[str]:

@@ -387,7 +387,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "be loaded by code that the artifact names, which is never run.",
      "Specify the base with `--model MODEL`, or in Python with `graftc.load(path, model)`."),
     ("GC087", _FAILED, "the base is a different model",
-     "The config or the weights of the model are not those that were adapted.",
+     "The config or the weights of the model are not those that were adapted; or its modules, numbers or hooks were "
+     "changed, so that it does not compute what the artifact's graph of it does.",
      "Use the model, in the revision, against which the spec was compiled."),
     ("GC088", _FAILED, "the spec resolves to different sites",
      "With the installed library versions, the spec adapts different sites, or yields different graphs, than when the "
@@ -418,6 +419,14 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "The file does not contain a key of the required kind (private to sign, public to verify), contains a key for an "
      "algorithm other than Ed25519 or ECDSA, or is encrypted and the passphrase is missing or wrong.",
      "`ssh-keygen -t ed25519` makes a pair of keys: sign with the file itself, verify with FILE.pub."),
+    ("GC095", _WARNING, "the base computes something else",
+     "Run on sample inputs, the base differs from the graph that the artifact contains of it, by more than rounding. "
+     "Its config and weights are the same, but other versions of the libraries are installed.",
+     "Evaluate the adapted model again, or install the versions with which the artifact was written."),
+    ("GC096", _WARNING, "the folder's config is not the one that was adapted",
+     "A streamed merge copies the config of the base's folder. The model that was adapted had other settings: they "
+     "were changed after loading, or in the folder since.",
+     "Merge in memory, which writes the settings that were adapted, or repair the folder's `config.json`."),
     ("GC099", _FAILED, "an unexpected failure",
      "This is a bug in graftc, or a library failed in a way that graftc does not recognise.",
      "Run the command again with `GRAFTC_DEBUG=1` in the environment, which shows the traceback, and report it."),

@@ -179,6 +179,24 @@ def test_a_buffer_that_no_file_stores_is_refused(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_buffers_that_were_rounded_with_the_model_are_allowed(dtype: torch.dtype, tmp_path: Path) -> None:
+    """``model.to`` rounds rotary frequencies as well, which a merge in float32 shows; loading computes them anew."""
+    model = tiny("llama").to(dtype).eval()
+    compiled: Any = graftc.compile(SPEC, model).eval()
+    perturb(compiled)
+    merged = compiled.merge(dtype=torch.float32)
+    loaded: Any = type(model).from_pretrained(merged.save(tmp_path / "merged"))
+    assert loaded.dtype == torch.float32
+    torch.testing.assert_close(loaded(IDS).logits, merged(IDS).logits, rtol=0, atol=0.05)
+    frequencies = model.model.rotary_emb.inv_freq
+    frequencies[1] *= 1.02
+    compiled = graftc.compile(SPEC, model).eval()
+    perturb(compiled)
+    with pytest.raises(GraftError, match="GC052"):
+        compiled.merge(dtype=torch.float32).save(tmp_path / "other")
+
+
 def test_a_folder_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     """The live model has fewer keys and values than its config says."""
     model = tiny("llama")

@@ -165,7 +165,7 @@ def test_hooks_of_a_live_model_are_not_lost(path: str) -> None:
     case = CASES["qwen2_vl"]()
     case.model.get_submodule(path).register_forward_hook(lambda module, args, output: output)
     merged = with_noise(case_compiled("qwen2_vl", case)).merge()
-    with pytest.raises(GraftError, match="GC052: .* has the hook test_hooks_of_a_live_model_are_not_lost"):
+    with pytest.raises(GraftError, match=r"GC052: .* has the hook test_hooks_of_a_live_model_are_not_lost"):
         merged.to_transformers()
 
 

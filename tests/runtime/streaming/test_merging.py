@@ -359,3 +359,18 @@ def test_an_update_that_is_mostly_lost_warns(tmp_path: Path) -> None:
     with catch_warnings():
         simplefilter("error", GraftWarning)
         graftc.merge_checkpoint(adapter, base, tmp_path / "wide", dtype=torch.float32)
+
+
+def test_a_folder_with_another_config_is_noted(tmp_path: Path) -> None:
+    """The merged folder gets the config of the base's folder, whatever the model that was adapted had."""
+    base = sharded_base(tmp_path / "base", "llama", torch.float32)
+    compiled = graftc.compile({"adapt": [{"method": "lora", "target": ROLES}]}, load_model(str(base)))
+    perturb(compiled)
+    compiled.save(tmp_path / "artifact")
+    with catch_warnings():
+        simplefilter("error", GraftWarning)
+        graftc.merge_checkpoint(tmp_path / "artifact", None, tmp_path / "same")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    with pytest.warns(GraftWarning, match=r"GC096: .* its config has rms_norm_eps 0\.5, not 1e-06"):
+        graftc.merge_checkpoint(tmp_path / "artifact", None, tmp_path / "other")

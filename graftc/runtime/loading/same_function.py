@@ -1,0 +1,56 @@
+"""Check that a base still computes what it did when an artifact was written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from graftc.compiler.capture.anchor import anchor
+from graftc.compiler.capture.request import CaptureRequest
+from graftc.compiler.compilation import Compilation
+from graftc.passes.core.elements.calls import elements_in
+from graftc.runtime.artifact.origin import are_installed
+from graftc.runtime.artifact.read import Artifact
+from graftc.specs.errors.diagnostics import GraftError, warn
+
+_GRAPH = "base.eval"
+
+
+def require_same_function(artifact: Artifact, compilation: Compilation) -> None:
+    """Compare a base, run on sample inputs, with the graph that an artifact contains of it.
+
+    Config and weights are compared before. Code, hooks and numbers of modules are in neither, and another release of
+    transformers may have changed them. Nothing is run if the capture is the artifact's own. The elements of a live
+    model are not compared.
+
+    Raises:
+        GraftError: GC087 if the base computes something else, although the versions of the libraries are the same.
+
+    Warns:
+        GraftWarning: GC095 if it does with other versions.
+    """
+    manifest, current = artifact.manifest, compilation.main
+    written, kinds = manifest.signatures[0], {str(kind): graph for kind, graph in manifest.signatures[0].graphs.items()}
+    keys = [capture.key for capture in current.captures]
+    if _GRAPH not in kinds or elements_in(written.flags) or (all(keys) and keys == [c.key for c in written.captures]):
+        return
+    program = artifact.graph(_GRAPH)
+    shown = {axis.name: axis for axis in current.axes}
+    axes = tuple(replace(shown[spec.name], axes=spec.shape) for spec in program.inputs if spec.name in shown)
+    store = compilation.store
+    request = CaptureRequest(compilation.model, axes, program.flags, "eval", store.aliases)
+    differing = anchor(request, program, artifact.constants()).differing
+    if not differing:
+        return
+    name = type(compilation.source).__name__
+    if are_installed(manifest.versions):
+        message = (
+            f"{artifact.path} adapts a model other than this {name}, which computes something else: {differing[0]}"
+        )
+        hint = "pass the model as it was compiled: its modules, numbers and hooks"
+        raise GraftError("GC087", message, hint=hint, details=differing[1:5])
+    versions = manifest.versions
+    warn(
+        "GC095",
+        f"{name} does not compute what it did when {artifact.path} was written: {differing[0]}",
+        hint=f"it was written with torch {versions.torch} and transformers {versions.transformers}: evaluate it again",
+    )
