@@ -57,6 +57,20 @@ def metadata_of(path: Path) -> Any:
     return ModelCard.load(path).data.to_dict()  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [({"r": 8}, "the config's rank is 8"), ({"use_dora": True}, "lora_magnitude_vector: required by the config")],
+)
+def test_a_config_that_the_tensors_contradict(
+    fields: Any, named: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A card repeats the config, so what it says must be true of the file."""
+    config = folder / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields, "rank_pattern": {}}))
+    error = run_valid(capsys, "card", "adapter", status=3)["error"]
+    assert error["code"] == "GC113" and named in error["message"]
+
+
 def test_the_hub_reads_the_metadata(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = ["--base-model", "owner/base", "--license", "mit", "--dataset", "owner/data", "--language", "en"]
     common = {"base_model": "owner/base", "license": "mit", "datasets": ["owner/data"], "language": ["en"],

@@ -63,7 +63,7 @@ def test_nothing_is_written(capsys: pytest.CaptureFixture[str], here: Path) -> N
     config = json.loads(Path("adapter/adapter_config.json").read_text())
     Path("adapter/adapter_config.json").write_text(json.dumps({**config, "r": 3}))
     error = run_valid(capsys, "import-peft", "adapter", "--model", "base", "--out", "artifact", status=3)["error"]
-    assert error["code"] == "GC114" and len(error["details"]) == 4
+    assert error["code"] == "GC113" and len(error["details"]) == 4
     Path("adapter/adapter_config.json").write_text(json.dumps({**config, "peft_type": "POLY"}))
     error = run_valid(capsys, "import-peft", "adapter", "--model", "missing", "--out", "artifact", status=2)["error"]
     assert error["code"] == "GC112"

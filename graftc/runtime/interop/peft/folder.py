@@ -6,7 +6,7 @@ No model is needed or built; tensors are read on demand.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -243,11 +243,14 @@ def _modules(adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]) -> list[
     by_rows = any(part.form == "rows" for part in table.parts.values())
     parameters = adapted_parameters(adapter.config, adapter.keys.modules, adapter.place, shapes)
     modules: list[PeftModule] = []
+    unlike: list[str] = []
     for (path, depth), keys in adapter.keys.modules.items():
         parameter, named = parameters[path, depth]
         _check_axes(adapter, path, keys)
         around = adapter.keys.inside.get(path, "")
         spec, experts = method_at(adapter.config, around or (f"{path}.{parameter}" if named else path)), None
+        if not named:
+            unlike += _unlike_config(adapter, path, keys, spec)
         if around:
             spec = spec.model_copy(update={"alpha": ADDED * getattr(spec, "alpha", 1)})
         if named:
@@ -256,6 +259,10 @@ def _modules(adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]) -> list[
         inward = any(is_listed(adapter.config, name, path) for name in table.lists)
         shaped = Shaped(experts=experts, inward=inward, order=order)
         modules.append(PeftModule(path, parameter, spec, keys, shaped, depth, named, around=around))
+    if unlike:
+        message = f"the file does not match its config: {unlike[0]}"
+        hint = f"restore {CONFIG} and {WEIGHTS} from the same checkpoint"
+        raise GraftError("GC113", message, place=adapter.place, hint=hint, details=unlike[:50])
     return modules
 
 
@@ -267,6 +274,18 @@ def _check_axes(adapter: PeftAdapter, path: str, keys: Mapping[str, str]) -> Non
             message = f"PEFT multiplies {key}, which is {list(shape)}, differently than {spec_class.tag()} does"
             hint = f"merge it in PEFT, or leave out {path}"
             raise GraftError("GC112", message, place=adapter.in_config("target_modules"), hint=hint)
+
+
+def _unlike_config(adapter: PeftAdapter, path: str, keys: Mapping[str, str], spec: MethodSpec) -> Iterator[str]:
+    """Yield how the factors of a low-rank update differ from what the config says: their rank, and their magnitudes."""
+    parts, rank = adapter.config.format[1].parts, getattr(spec, "rank", None)
+    for name, axis in (("A", 0), ("B", 1)):
+        plain = name in keys and parts[name].form in ("down", "up") and parts[name].rank is None
+        if plain and rank is not None and len(shape := adapter.shapes[keys[name]]) == 2 and shape[axis] != rank:
+            yield f"{keys[name]} is {list(shape)}, but the config's rank is {rank}"
+    for name, part in parts.items():
+        if part.form == "vector" and name not in keys:
+            yield f"{path}.{part.key}: required by the config, but not in the file"
 
 
 def _experts(adapter: PeftAdapter, keys: Mapping[str, str], rank: int, *, sure: bool) -> int | None:
