@@ -172,6 +172,13 @@ def test_a_killed_run_resumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_campaigns_own_process_runs_a_seed(tmp_path: Path) -> None:
+    """It imports all modules of graftc beforehand, of which none may need packages that are not installed."""
+    records = running.run([22], tmp_path / "results.jsonl", tell=lambda text: None)
+    assert running.outcome_of(records[22]) == "equal", records
+
+
+@pytest.mark.slow
 def test_processes_that_die_or_hang_are_findings(tmp_path: Path) -> None:
     limits = running.Limits(seconds=4, minimising=1)
     records, _ = run(tmp_path / "results.jsonl", range(4), campaign_work.uneven, limits=limits, jobs=4)
