@@ -141,7 +141,7 @@ def _other_setting(live: nn.Module, built: nn.Module) -> str:
             if isinstance(other, int | float) and other != own:
                 return name
     names = [{name for name, _ in own.named_parameters("", False, False)} for own in (live, built)]
-    return min(names[0] - names[1], default="")
+    return min(names[0] ^ names[1], default="")
 
 
 def _code_of(module: nn.Module) -> tuple[Any, Any]:
