@@ -1,4 +1,4 @@
-"""Claims of papers and what their cells say: held, did not hold here, or cannot be said at this size.
+"""Claims of papers and what their cells say: held, did not hold here, or cannot be said.
 
 Each rule was written before its cells were computed. None has been changed since to make a claim hold.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.claims_plan import BATCHES, BY_PLACE, BY_RANK, FEW, LOW_DATA, MIXTURE, few, large_batches, usual
@@ -21,11 +21,12 @@ from experiments.probes_plan import (
     directions_setting,
     with_seeds,
 )
-from experiments.rows import Interval, Table, Trained, digests
-from experiments.store import FOLDER
-from experiments.training_plans import LADDER, REPEATED, Row, encoder_settings
+from experiments.rows import Interval, Table, Trained, digests, digests_of
+from experiments.store import FOLDER, Record
+from experiments.tasks import VALIDATION
+from experiments.training_plans import BATCH, LADDER, PER_CLASS, REPEATED, SEEDS, Row, encoder_settings
 
-HELD, NOT_HELD, UNSAID, MISSING = "held", "did not hold here", "cannot be said at this size", "not computed yet"
+HELD, NOT_HELD, UNSAID, MISSING = "held", "did not hold here", "cannot be said", "not computed yet"
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,20 @@ class Verdict:
         word: one of the four above.
         figure: the figures that decide.
         rows: the rows that they are from.
+        reason: why nothing can be said.
+        cells: the cells that decide, if they are not those of the rows at their best rates.
     """
 
     word: str
     figure: str = ""
     rows: Sequence[Trained] = ()
+    reason: str = ""
+    cells: Sequence[Record] = ()
+
+    @property
+    def digests(self) -> str:
+        """The first characters of the digests of the cells that decide."""
+        return digests_of(self.cells) if self.cells else " ".join(map(digests, self.rows))
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,8 @@ def rates_differ(folder: Path) -> Verdict:
     if full is None or lora is None:
         return Verdict(MISSING)
     steps = LADDER.index(lora.rate) - LADDER.index(full.rate)  # of about a factor of three
-    figure = f"{lora.rate:g} and {full.rate:g}: {lora.rate / full.rate:.2g} times"
-    return _verdict(HELD if 1 <= steps <= 3 else NOT_HELD, figure, (lora, full))
+    figure = f"{lora.rate:g} and {full.rate:g}: {lora.rate / full.rate:.2g} times; {_gaps((lora, full))}"
+    return _of_sweeps(_verdict(HELD if 1 <= steps <= 3 else NOT_HELD, figure, (lora, full)))
 
 
 def rate_is_that_of_every_rank(folder: Path) -> Verdict:
@@ -80,8 +90,8 @@ def rate_is_that_of_every_rank(folder: Path) -> Verdict:
         return Verdict(MISSING)
     rows = [*table.rows.values()]
     places = [LADDER.index(own.rate) for own in rows]
-    figure = ", ".join(f"{own.row.name} {own.rate:g}" for own in rows)
-    return _verdict(HELD if max(places) - min(places) <= 1 else NOT_HELD, figure, rows)
+    figure = f"{'; '.join(f'{own.row.name}: {own.rate:g}' for own in rows)}; {_gaps(rows)}"
+    return _of_sweeps(_verdict(HELD if max(places) - min(places) <= 1 else NOT_HELD, figure, rows))
 
 
 def mlp_before_attention(folder: Path) -> Verdict:
@@ -91,9 +101,11 @@ def mlp_before_attention(folder: Path) -> Verdict:
 
 
 def mixture_over_one(folder: Path) -> Verdict:
-    """Judge whether AdaMix is better than one adapter of its size."""
+    """Judge whether AdaMix is better than one adapter with its bottleneck."""
     first, second = MIXTURE
-    return _compared(_claims(folder, MIXTURE), first.name, second.name)
+    verdict = _compared(_claims(folder, MIXTURE), first.name, second.name)
+    counts = " and ".join(f"{own.trained:,}" for own in verdict.rows)
+    return replace(verdict, figure=f"{verdict.figure}; they train {counts} values") if verdict.rows else verdict
 
 
 def sparse_over_low_rank(folder: Path) -> Verdict:
@@ -121,7 +133,7 @@ def large_batches_cost_more(folder: Path) -> Verdict:
     lora, full = (large.differences(small) for small, large in zip(rows[::2], rows[1::2], strict=True))
     costs = Interval.of([full[seed] - lora[seed] for seed in lora])
     figure = f"LoRA {_points(Interval.of([*lora.values()]))}, full {_points(Interval.of([*full.values()]))}"
-    return _verdict(_word(costs, 0.0), f"{figure}; the difference is {_points(costs)}", rows)
+    return _verdict(_word(costs, 0.0), f"{figure}; the difference is {_points(costs)}", rows, _unclear())
 
 
 def prefixes_need_less_data(folder: Path) -> Verdict:
@@ -138,8 +150,9 @@ def prefixes_need_less_data(folder: Path) -> Verdict:
             lowest.append(prefix.differences(full))
     # The texts of the smaller size are among those of the larger one: a seed counts once.
     both = Interval.of([statistics.fmean(size[seed] for size in lowest) for seed in lowest[0]])
-    figure = f"prefix over full by texts a class: {', '.join(shown)}"
-    return _verdict(_word(both, 0.0), figure, rows, deciding=rows[:4])
+    figure = f"prefix over full, {len(lowest[0])} seeds: one and two texts a class together {_points(both)}; "
+    figure += f"by texts a class {', '.join(shown)}"
+    return _verdict(_word(both, 0.0), figure, rows, _unclear(), deciding=rows[:4])
 
 
 def changes_as_full_does(folder: Path) -> Verdict:
@@ -151,7 +164,8 @@ def changes_as_full_does(folder: Path) -> Verdict:
     far, near = (own.differences(full, "correlation") for own in (lora, dora))
     nearer = Interval.of([abs(far[seed]) - abs(near[seed]) for seed in far])
     shown = ", ".join(f"{own.row.name} {own.interval('correlation').shown(2)}" for own in rows)
-    return _verdict(_word(nearer, 0.0), f"{shown}; DoRA is nearer to full by {nearer.shown(2, sign='+')}", rows)
+    figure = f"{shown}; DoRA is nearer to full by {nearer.shown(2, sign='+')}"
+    return _verdict(_word(nearer, 0.0), figure, rows, _unclear())
 
 
 def sparse_changes_add_up(folder: Path) -> Verdict:
@@ -163,8 +177,10 @@ def sparse_changes_add_up(folder: Path) -> Verdict:
     over, composed = sparse.over(full, "kept"), sparse.over(full, "composed")
     parts = ", ".join(f"{own.row.name} {_points(own.interval('kept'))}" for own in (sparse, full))
     figure = f"composed over alone: {parts}; the difference is {_points(over)}, of composed models {_points(composed)}"
-    word = _word(over, 0.0)
-    return _verdict(UNSAID if word == HELD and not composed.is_above_zero else word, figure, rows)
+    word, reason = _word(over, 0.0), _unclear()
+    if word == HELD and not composed.is_above_zero:
+        word, reason = UNSAID, "the interval of the composed models is not above zero"
+    return _verdict(word, figure, rows, reason)
 
 
 def special_tokens_are_attended(folder: Path) -> Verdict:
@@ -178,7 +194,7 @@ def special_tokens_are_attended(folder: Path) -> Verdict:
     parts = [f"{own.row.name} {own.interval('least').shown(scale=100)}" for own in rows]
     even = plain.interval("even").shown(scale=100)
     figure = f"percent of attention in the layer with least: {', '.join(parts)}; even shares: {even}"
-    return _verdict(word, figure, rows, deciding=(plain, pasta))
+    return _verdict(word, figure, rows, "the interval after training with PASTA contains a half", (plain, pasta))
 
 
 def _complete(table: Table) -> list[Trained] | None:
@@ -202,14 +218,42 @@ def _compared(table: Table, first: str, second: str, margin: float = 0.0) -> Ver
         return Verdict(MISSING)
     over = ours.over(theirs)
     figure = f"{first} over {second}: {_points(over)}"
-    return _verdict(_word(over, margin), figure, (ours, theirs))
+    return _verdict(_word(over, margin), figure, (ours, theirs), _unclear(margin))
 
 
-def _verdict(word: str, figure: str, rows: Sequence[Trained], deciding: Sequence[Trained] | None = None) -> Verdict:
-    """Return a verdict, which says nothing if the best rate of a deciding row (default: any) is at its sweep's end."""
-    if any(own.is_at_the_end for own in (rows if deciding is None else deciding)):
-        return Verdict(UNSAID, f"{figure}; at the end of a sweep", rows)
-    return Verdict(word, figure, rows)
+def _verdict(
+    word: str, figure: str, rows: Sequence[Trained], reason: str = "", deciding: Sequence[Trained] | None = None
+) -> Verdict:
+    """Return a verdict, which says nothing if the best rate of a deciding row (default: any) is at its sweep's end.
+
+    Args:
+        word: the verdict if it is not.
+        figure: the figures that decide.
+        rows: the rows that they are from.
+        reason: why nothing can be said, if the word says so.
+        deciding: the rows whose sweeps count.
+    """
+    reasons = [reason] if word == UNSAID else []
+    if ends := [own for own in (rows if deciding is None else deciding) if own.is_at_the_end]:
+        names = " and ".join(f"{own.row.name} ({own.rate:g})" for own in ends)
+        reasons.append(f"the best rate of {names} is at the end of its sweep")
+    return Verdict(UNSAID, figure, rows, "; ".join(reasons)) if reasons else Verdict(word, figure, rows)
+
+
+def _of_sweeps(verdict: Verdict) -> Verdict:
+    """Return a verdict on best rates, which the cells of the sweeps decide."""
+    return replace(verdict, cells=[record for own in verdict.rows for record in own.swept])
+
+
+def _gaps(rows: Sequence[Trained]) -> str:
+    """Return by how many validation texts the best rates of rows are better than the next best."""
+    gaps = ", ".join(f"{VALIDATION * own.gap:.0f}" for own in rows)
+    return f"ahead of the next best rate by {gaps} of {VALIDATION} validation texts, on one seed"
+
+
+def _unclear(margin: float = 0.0) -> str:
+    """Return that an interval of differences contains the limit of a rule."""
+    return f"the interval of the differences contains {f'-{100 * margin:g} point' if margin else 'zero'}"
 
 
 def _word(interval: Interval, margin: float) -> str:
@@ -251,7 +295,7 @@ CLAIMS: Sequence[Claim] = (
     ),
     Claim("DoRA is better than LoRA at the same rank.", "Liu et al. 2024, DoRA", _ABOVE, magnitude_helps),
     Claim(
-        "DoRA changes magnitudes and directions of weights more as full fine-tuning does than LoRA.",
+        "DoRA changes magnitudes and directions of weights more like full fine-tuning than LoRA does.",
         "Liu et al. 2024, DoRA",
         "the correlation of both changes over the layers, at four moments of training, is nearer to full fine-tuning's "
         "than LoRA's is: the interval of the difference of distances is above zero",
@@ -265,7 +309,7 @@ CLAIMS: Sequence[Claim] = (
         prefixes_need_less_data,
     ),
     Claim(
-        "A mixture of adapters is better than one adapter of its size.",
+        "A mixture of adapters is better than one adapter with its bottleneck.",
         "Wang et al. 2022, AdaMix",
         _ABOVE,
         mixture_over_one,
@@ -302,21 +346,42 @@ CLAIMS: Sequence[Claim] = (
 
 
 _HEAD = """Each rule was written before its cells were computed. Differences are between cells of the same seed, with
-the 95 % interval of their mean. All are accuracies on Reuters R52 with 16 texts a class, unless a rule says otherwise.
-Where the best rate of a compared row is at the end of its sweep, nothing is said.
+the 95 % interval of their mean, and are not corrected for the number of claims. All are accuracies on Reuters R52 with
+up to {per_class} texts a class and {seeds} seeds, unless a rule or a figure says otherwise; the claims on a prefix and
+on PASTA have {few_seeds} seeds. *full* trains the weights of all linear maps of the layers, not embeddings, biases and
+norms.
+
+- **held**: the figures meet the rule; an interval is then on the rule's side of its limit as a whole.
+- **did not hold here**: the figures contradict the rule; an interval is then on the other side as a whole.
+- **cannot be said**: an interval contains the limit of its rule, or the best rate of a compared row is at the end of
+  its sweep. The reason is given; more seeds and texts, or more rates, could decide.
+
+The first two claims compare best rates, each chosen on one seed by {validation} labelled texts, one of which is
+{point:g} points: gaps of a text or two may be chance. Those {validation} texts choose the rates of all rows, also where
+one text a class trains, which is therefore not learning from so few labels alone. With one text a class, a batch has
+all {smallest} texts instead of {batch}. The differences for little data are paired; the intervals in
+their picture are those of each row alone.
 """
 
 
 def section(folder: Path = FOLDER) -> Iterator[str]:
     """Yield the section of the page."""
     yield "## Claims\n"
-    yield _HEAD
+    yield _HEAD.format(
+        per_class=PER_CLASS,
+        seeds=len(SEEDS),
+        few_seeds=len(few(FEW[0]).seeds),
+        validation=VALIDATION,
+        point=100 / VALIDATION,
+        smallest=few(FEW[0]).batch[0],
+        batch=BATCH[0],
+    )
     yield "| claim | rule | verdict | figures | cells |"
     yield "| --- | --- | --- | --- | --- |"
     for claim in CLAIMS:
         verdict = claim.judge(folder)
-        cells = " ".join(map(digests, verdict.rows))
-        yield f"| {claim.text} ({claim.source}) | {claim.rule} | **{verdict.word}** | {verdict.figure} | {cells} |"
+        word = f"**{verdict.word}**{f': {verdict.reason}' if verdict.reason else ''}"
+        yield f"| {claim.text} ({claim.source}) | {claim.rule} | {word} | {verdict.figure} | {verdict.digests} |"
     commands = "\n".join(f"python -m experiments {part}" for part in dict.fromkeys(claim.part for claim in CLAIMS))
     yield f"\n```\n{commands}\n```\n"
     yield from shown("little-data")

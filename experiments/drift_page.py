@@ -8,16 +8,21 @@ from pathlib import Path
 from experiments.cells import SHOWN, Cell
 from experiments.drift_plan import METHODS, TASK, cell_in, compared, environments, trained
 from experiments.environments import HIDDEN
+from experiments.explaining import named
 from experiments.store import FOLDER, Record, Store
 from experiments.training_page import TITLES
 from experiments.training_plans import MANY, STEPS
 
-_FIGURES = ("PEFT's last loss", "losses apart", "accuracy", "graftc's last loss")
-_HEAD = f"""The same cells with two sets of versions: {{environments}}. All other packages are the same, except those
-that these versions require otherwise; the optional {" and ".join(HIDDEN)} are hidden from both. *PEFT's last loss* and
-*losses apart* (the largest relative difference between graftc's losses and PEFT's) are those of the parity table on
+_FIGURES = ("PEFT's last loss", "loss difference", "accuracy", "graftc's last loss")
+_HEAD = f"""The same cells with two sets of versions: {{environments}}. All other packages are the same, except where
+these versions require others; the optional {" and ".join(HIDDEN)} are hidden from both. *PEFT's last loss* and
+*loss difference* (the largest relative difference between graftc's losses and PEFT's) are those of the parity table on
 MiniLM in float32; *accuracy* and *graftc's last loss* are those of {STEPS} steps on {MANY:,} texts of {TITLES[TASK]} at
 one rate, as in the tables of training. A figure of the newest is **bold** if it differs in any bit.
+
+The versions that computed a cell are those under `settings.environment` in its line: a process of their own computes
+it, which refuses other versions. The line's `versions` are those of the process that started that one, so they are the
+same for both sets.
 """
 
 _NOTES: Mapping[str, str] = {
@@ -68,7 +73,7 @@ def _line(name: str, peft: Pair, training: Pair) -> str:
         *_both(training, "loss", ".6f"),
     ]
     digests = " ".join(f"`{record.digest[:SHOWN]}`" for pair in (peft, training) for record in pair.values())
-    return f"| {name} | {' | '.join(shown)} | {digests} |"
+    return f"| {named(name)} | {' | '.join(shown)} | {digests} |"
 
 
 def _both(pair: Pair, figure: str, form: str) -> Iterator[str]:

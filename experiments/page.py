@@ -11,10 +11,11 @@ from experiments import decoder_page as decoder
 from experiments import drift_page as drift
 from experiments import times_page as times
 from experiments.cells import ROOT, SHOWN
-from experiments.explaining import GATES, causes, misses
+from experiments.explaining import GATES, ROUNDED, causes, magnified, misses, named
 from experiments.parity_plan import BATCHES, DTYPES, RATE, STEPS, compared
 from experiments.store import FOLDER, Record, Store
-from experiments.training_page import sections, summary
+from experiments.summary_page import summary
+from experiments.training_page import sections
 
 PAGE = ROOT / "docs" / "results.md"
 TITLES = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M"}
@@ -33,7 +34,8 @@ _HEAD = f"""# Results
 This page is written by `python -m experiments page` from stored cells: a cell is one run, and its figures are one
 line of `experiments/cells/PART.jsonl` in a source checkout, with digests of the code that computes it, of the method's
 modules and of the data, and with the versions of graftc (which stands for the rest of it), torch, transformers and
-PEFT. The last column of a table has the first {SHOWN} characters of the cell's digest. The command under a table
+PEFT in the process that runs it (cells of [the drift](#drift) have those of their environment as well). The last
+column of a table has the first {SHOWN} characters of the cell's digest. The command under a table
 computes those of its cells that are missing or out of date; `make results` does so for all (`QUICK=1` tries it on tiny
 models).
 """
@@ -50,16 +52,18 @@ one of them. The cells were computed with one thread of a processor.
   exports the adapter; PEFT loads the folder. Adapters are on all linear maps of the layers with rank 8, where the
   method has a rank (AdaLoRA 12, VeRA 64) and does not have places of its own.
 - **Training.** AdamW at the constant rate {RATE:g} without weight decay, {STEPS} steps in train mode, no dropout.
-- **Figures.** *First loss* and *losses* are differences over PEFT's loss, the largest of all steps for the latter.
+- **Figures.** *Trained* is the number of values that train. *First loss* and *losses* are differences over PEFT's loss,
+  the largest of all steps for the latter.
   *First gradients* and *final tensors* are the largest difference of any entry over the largest entry of all of
   PEFT's, by the keys of PEFT's files. *Merged* is the largest difference of logits over the largest logit, where
   graftc merges the trained tensors, and PEFT loads and merges an export of them; `-` marks methods that do not merge.
 - **Gates.** First loss and gradients within {GATES["float32"]["gradients"]:g} in float32 and
   {GATES["float64"]["gradients"]:g} in float64; losses within {GATES["float32"]["losses"]:g} and
-  {GATES["float64"]["losses"]:g}. A figure that misses its gate is **bold**. bfloat16 has no gate.
-- **SmolLM2 in float64.** Whatever their dtype, transformers' decoders compute norms and loss in float32, which turns a
-  difference of 1e-16 into one of 1e-7 as soon as it decides how a value is rounded. In these cells, both libraries
-  therefore get the same model with torch's norms, and with a loss in float64.
+  {GATES["float64"]["losses"]:g}. A figure that misses its gate is **bold**, with more digits if it would look like the
+  gate. bfloat16 has no gate.
+- **SmolLM2 in float64.** Whatever their dtype, transformers' decoders compute norms and loss in float32. Two values
+  that differ by 1e-16 may be rounded to float32 in different directions, and then differ by 1e-7. In these cells, both
+  libraries therefore get the same model with torch's norms, and with a loss in float64.
 - **From float64.** How far the first gradients of each library are from those that PEFT computes in float64 from the
   same weights and factors: the rounding that both have anyway.
 
@@ -110,9 +114,10 @@ def _table(records: Iterable[Record], dtype: str) -> Iterator[str]:
     yield f"| --- |{' ---: |' * (len(names) - 2)} --- |"
     for record in records:
         missed = misses(record)
-        values = [figure(record.figures.get(name), name in missed) for name in (*COLUMNS, *extra)]
+        gates = GATES.get(dtype, {})
+        values = [figure(record.figures.get(name), name in missed, gates.get(name)) for name in (*COLUMNS, *extra)]
         digest = f"`{record.digest[:SHOWN]}`"
-        yield f"| {' | '.join([record.cell.name, _trained(record.figures), *values, digest])} |"
+        yield f"| {' | '.join([named(record.cell.name), _trained(record.figures), *values, digest])} |"
 
 
 def _trained(figures: Mapping[str, int]) -> str:
@@ -120,11 +125,13 @@ def _trained(figures: Mapping[str, int]) -> str:
     return f"{ours:,}" if ours == theirs else f"{ours:,} (PEFT: {theirs:,})"
 
 
-def figure(value: float | None, missed: bool = False) -> str:
-    """Return a figure as it is shown."""
+def figure(value: float | None, missed: bool = False, gate: float | None = None) -> str:
+    """Return a figure as it is shown; one that misses its gate has enough digits to show it."""
     if value is None:
         return "-"
     shown = "0" if value == 0 else f"{value:.1e}"
+    if missed and gate is not None:
+        shown = next((more for digits in range(1, 9) if float(more := f"{value:.{digits}e}") > gate), shown)
     return f"**{shown}**" if missed else shown
 
 
@@ -133,7 +140,8 @@ def _statement(records: Sequence[Record]) -> Iterator[str]:
     wrong = [own for own in gated if misses(own)]
     yield f"{len(gated) - len(wrong)} of {len(gated)} cells in float32 and float64 are within all gates."
     if wrong:
-        yield f"The other {len(wrong)} are not, and nothing has been tuned until they were:\n"
+        yield f"The other {len(wrong)} are not, and nothing was tuned to make them pass:\n"
     for cause, rows in causes(gated).items():
-        places = [f"{own.cell.name} ({TITLES[own.cell.model]}, {own.cell.dtype})" for own in rows]
-        yield f"- {cause} Missed by: {', '.join(places)}."
+        places = [f"{named(own.cell.name)} ({TITLES[own.cell.model]}, {own.cell.dtype})" for own in rows]
+        example = f" {magnified(gated)}" if cause == ROUNDED and magnified(gated) else ""
+        yield f"- {cause}{example} Missed by: {', '.join(places)}."

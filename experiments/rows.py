@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from experiments.store import FOLDER, Record, Store
 from experiments.training_plans import Repeated, Row, Rows, best_cells, swept_row
 
 CONFIDENCE = 0.95
+_MOST_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,15 @@ class Interval:
             digits: digits behind the point.
             scale: a factor of what is shown, such as 100 for percent.
             sign: ``+`` to show the sign of a positive mean as well.
+
+        There are more digits where rounding would hide whether the interval contains zero.
         """
-        mean = f"{scale * self.mean:{sign}.{digits}f}"
-        return mean if math.isnan(self.half) else f"{mean} ± {scale * self.half:.{digits}f}"
+        if math.isnan(self.half):
+            return _number(scale * self.mean, digits, sign)
+        mean, half = (f"{scale * abs(value):.{digits}f}" for value in (self.mean, self.half))
+        if mean == half and abs(self.mean) != self.half and digits < _MOST_DIGITS:
+            return self.shown(digits + 1, scale, sign)
+        return f"{_number(scale * self.mean, digits, sign)} ± {half}"
 
     @property
     def is_above_zero(self) -> bool:
@@ -56,6 +63,12 @@ class Interval:
         return self.mean + self.half < 0
 
 
+def _number(value: float, digits: int, sign: str) -> str:
+    """Return a number as text; one that rounds to zero has no sign."""
+    shown = f"{value:{sign}.{digits}f}"
+    return shown.lstrip("+-") if float(shown) == 0 else shown
+
+
 @dataclass(frozen=True)
 class Trained:
     """A row with its cells.
@@ -66,6 +79,7 @@ class Trained:
         times: the times of all cells of the row, those of the sweep among them.
         is_at_the_end: whether the best rate is the lowest or the highest of its sweep.
         planned: the number of seeds that are planned.
+        swept: the cells of the sweep.
     """
 
     row: Row
@@ -73,6 +87,7 @@ class Trained:
     times: Sequence[Mapping[str, Any]]
     is_at_the_end: bool
     planned: int
+    swept: Sequence[Record] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -112,6 +127,17 @@ class Trained:
         """The test score of the first seed, the only one that all rows have."""
         return float(self.records[0].figures["test"])
 
+    @property
+    def gap(self) -> float:
+        """How much lower the validation quality of the sweep's second best rate is than that of the best."""
+        qualities = sorted((record.figures["validation"] for record in self.swept), reverse=True)
+        return float(qualities[0] - qualities[1])
+
+    def spread(self, name: str) -> float:
+        """Return the largest of a time over its least in the cells, which all do the same work; 1 without any."""
+        values = [times[name] for times in self.times if times.get(name)]
+        return max(values) / min(values) if values else 1.0
+
     def time(self, name: str) -> float | None:
         """Return the least of a time over the cells, which other work on the machine delays; None without one."""
         return min((times[name] for times in self.times if times.get(name) is not None), default=None)
@@ -128,6 +154,7 @@ class Table:
 
     def __init__(self, setting: Repeated, rows: Rows, folder: Path = FOLDER) -> None:
         self._setting, self._store, self.planned = setting, Store(setting.part, folder), len(rows)
+        self.repeated = sum(rows.values())
         self._times = {digest: json.loads(line) for digest, line in self._store.time_lines().items()}
         trained = (self._trained(row, repeated) for row, repeated in rows.items())
         self.rows = {own.row.name: own for own in trained if own is not None}
@@ -143,7 +170,12 @@ class Table:
         swept = [record for record in map(self._store.record, cells) if record is not None]
         times = [self._times.get(record.digest, {}) for record in (*records, *swept)]
         is_at_the_end = bool(cells) and best in (cells[0].rate, cells[-1].rate)
-        return Trained(row, records, times, is_at_the_end, len(planned))
+        return Trained(row, records, times, is_at_the_end, len(planned), swept)
+
+    @property
+    def task(self) -> str:
+        """The task of the setting; empty without one."""
+        return str(getattr(self._setting, "task", ""))
 
     def sweep(self, row: Row) -> Iterator[tuple[float, Mapping[str, Any]]]:
         """Yield the rates of a row's sweep with the figures of their cells."""
@@ -179,4 +211,14 @@ def rate_of(own: Trained) -> str:
 
 def digests(own: Trained) -> str:
     """Return the first characters of the digests of a row's cells."""
-    return " ".join(f"`{record.digest[:SHOWN]}`" for record in own.records)
+    return digests_of(own.records)
+
+
+def digests_of(records: Iterable[Record]) -> str:
+    """Return the first characters of the digests of cells."""
+    return " ".join(f"`{record.digest[:SHOWN]}`" for record in records)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as text; a name with a comma is in italics, so that it can be told from two."""
+    return ", ".join(f"*{name}*" if "," in name else name for name in names) or "none"

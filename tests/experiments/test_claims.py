@@ -92,6 +92,31 @@ def test_costs_of_large_batches(costs: tuple[float, float], word: str, tmp_path:
     assert JUDGES["large_batches_cost_more"](tmp_path).word == word
 
 
+def test_a_verdict_has_a_reason(tmp_path: Path) -> None:
+    """The end of a sweep, an interval, or both; what is said has none."""
+    spread = [0.5 + 0.1 * seed for seed in range(5)]
+    keep(tmp_path, ENCODER, ROWS["LoRA"], spread)
+    keep(tmp_path / "unclear", ENCODER, ROWS["LoRA"], spread)
+    keep(tmp_path, ENCODER, ROWS["DoRA"], [value + 0.02 + 0.0001 * (number % 2) for number, value in enumerate(spread)])
+    unclear = [value + (0.02, -0.021, 0.019, -0.02, 0.0)[number] for number, value in enumerate(spread)]
+    keep(tmp_path / "unclear", ENCODER, ROWS["DoRA"], unclear)
+    held, unsaid = (JUDGES["magnitude_helps"](folder) for folder in (tmp_path, tmp_path / "unclear"))
+    assert (held.word, held.reason, unsaid.word) == (HELD, "", UNSAID)
+    assert unsaid.reason == "the interval of the differences contains zero"
+
+
+def test_the_end_of_a_sweep_is_a_reason(tmp_path: Path) -> None:
+    """A sweep that has as many rates as it may have, the last of them the best."""
+    keep(tmp_path, ENCODER, ROWS["full"], [0.5], 1e-4)
+    store = Store(ENCODER.part, tmp_path)
+    for number, rate in enumerate((3e-4, 1e-3, 3e-3, 1e-2, 3e-2)):
+        figures = {"test": 0.5, "validation": 0.1 * number, "trained": 1}
+        store.add(Record(ENCODER.cell(ROWS["LoRA"], rate, 0), Sources("", "", {}), figures), {})
+    verdict = JUDGES["rates_differ"](tmp_path)
+    assert verdict.word == UNSAID and verdict.reason == "the best rate of LoRA (0.03) is at the end of its sweep"
+    assert len(verdict.cells) == 5 + 3 and "ahead of the next best rate by 25, 25 of 250" in verdict.figure
+
+
 @pytest.mark.parametrize(("over", "word"), [(0.1, HELD), (-0.1, NOT_HELD)])
 def test_the_smallest_sizes_decide_of_prefixes(over: float, word: str, tmp_path: Path) -> None:
     full, prefix = LOW_DATA

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,12 @@ def test_figures_are_shown_as_such(tmp_path: Path) -> None:
     assert [figure(value) for value in (None, 0.0, 1.26e-7)] == ["-", "0", "1.3e-07"]
     assert figure(2e-3, missed=True) == "**2.0e-03**"
     assert "cells in float32" in text(tmp_path)
+    assert figure(1.022e-6, missed=True, gate=1e-6) == "**1.02e-06**"
+    assert figure(2.7e-6, missed=True, gate=1e-6) == "**2.7e-06**"
+
+
+def test_no_zero_has_a_sign() -> None:
+    assert not re.search(r"[-+]0\.0+ ", text()) and " 0.00 MB" not in text()
 
 
 def test_the_time_of_a_part_is_that_of_its_cells(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from experiments import classifying, tasks
 from experiments.cells import Cell, Sources
 from experiments.rows import Interval, Table
 from experiments.store import Record, Store
+from experiments.summary_page import summary
 from experiments.tasks import TABLES, TESTED, VALIDATION, task_of, texts_of
-from experiments.training_page import sections, signed, summary
+from experiments.training_page import sections, signed, size
 from experiments.training_plans import (
     ALONE,
     ALONE_FIXED,
@@ -191,11 +193,35 @@ def test_the_page_says_what_is_missing_and_what_is_below_the_head_alone(tmp_path
         },
     )
     text = "\n".join([*summary(tmp_path), *sections(tmp_path)])
-    assert "Above the head alone: LoRA. Below it: full. Not distinguishable: none." in text
+    methods = "Of the methods with 5 seeds, above the head alone: LoRA. Below it: full. Not distinguishable: none."
+    assert methods in text
     assert f"{len(ROWS) - 3} of {len(ROWS)} rows have not been computed yet." in text
-    assert "LoRA (60.2 ± 0.2) is the highest mean of 3 rows with all seeds, of 14 planned" in text
-    assert "; the others are below it" in text
+    assert "LoRA (60.2 ± 0.2) has the highest mean of 3 rows with all seeds, of 14 planned" in text
+    assert ". Not distinguishable from it: none. Below it: head alone (" in text and "; full (" in text
+    assert "No method is above" not in text
     assert text.count("not computed yet") >= len(TABLES)
+
+
+def test_a_summary_has_paired_differences(tmp_path: Path) -> None:
+    """Means vary with the seed, their differences hardly do; and the best is not above the head alone."""
+    spread = {seed: 0.5 + 0.05 * seed for seed in SEEDS}
+    small = (0.01, -0.012, 0.011, -0.01, 0.002)
+    above = {seed: value + small[seed] for seed, value in spread.items()}
+    stored(tmp_path, {ALONE: spread, "LoRA": above, "full": {seed: value - 0.1 for seed, value in spread.items()}})
+    text = "\n".join(summary(tmp_path))
+    wide = r"\(60\.0 ± \d+\.\d\)"
+    assert re.search(rf"\*\*No method is above training the head alone\*\* {wide}: LoRA \(60\.0 ± \d+\.\d\)", text)
+    assert "Not distinguishable from it: head alone (0.0 ± 1.3)" in text
+    assert "Below it: full (-10.0 ± 1.3)" in text
+
+
+def test_figures_hide_nothing() -> None:
+    """Zero has no sign, an interval's end is on the right side of zero, and no size is zero."""
+    shown = [
+        Interval(mean, half).shown(sign="+") for mean, half in ((-0.04, 1.6), (0.0, 0.0), (6.6, 6.572), (-2, 2.04))
+    ]
+    assert shown == ["0.0 ± 1.6", "0.0 ± 0.0", "+6.60 ± 6.57", "-2.00 ± 2.04"]
+    assert [size(1_540), size(42_560_000)] == ["0.002 MB", "42.56 MB"]
 
 
 def test_every_method_is_a_row() -> None:
