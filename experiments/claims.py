@@ -351,10 +351,10 @@ up to {per_class} texts a class and {seeds} seeds, unless a rule or a figure say
 on PASTA have {few_seeds} seeds. *full* trains the weights of all linear maps of the layers, not embeddings, biases and
 norms.
 
-- **held**: the figures meet the rule; an interval is then on the rule's side of its limit as a whole.
-- **did not hold here**: the figures contradict the rule; an interval is then on the other side as a whole.
-- **cannot be said**: an interval contains the limit of its rule, or the best rate of a compared row is at the end of
-  its sweep. The reason is given; more seeds and texts, or more rates, could decide.
+- A claim **held** if the figures meet the rule; an interval is then on the rule's side of its limit as a whole.
+- It **did not hold here** if the figures contradict the rule; an interval is then on the other side as a whole.
+- It **cannot be said** if an interval contains the limit of its rule, or the best rate of a compared row is at the end
+  of its sweep. The reason is given; more seeds and texts, or more rates, could decide.
 
 The first two claims compare best rates, each chosen on one seed by {validation} labelled texts, one of which is
 {point:g} points: gaps of a text or two may be chance. Those {validation} texts choose the rates of all rows, also where

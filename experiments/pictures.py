@@ -6,18 +6,19 @@ Each is written twice, for light and for dark pages, as SVG with the same bytes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from experiments.cells import ROOT
 from experiments.claims_plan import FEW, LOW_DATA, few
-from experiments.rows import Table
+from experiments.placing import spread
+from experiments.rows import Table, Trained
 from experiments.store import FOLDER
-from experiments.training_plans import ALONE, FLOOR, FLOORS, LADDER, REPEATED, encoder_settings
+from experiments.tasks import VALIDATION
+from experiments.training_plans import ALONE, FLOOR, FLOORS, LADDER, REPEATED, SEEDS, encoder_settings
 
 PICTURES = ROOT / "docs" / "results"
 WIDTH = 7.2
@@ -44,8 +45,10 @@ Draw = Callable[[Any, Theme, Path], bool]
 
 _BELOW = 3
 """How many points below the lowest floor a picture begins."""
-_WIDTH, _HEIGHT = 0.45, 0.6
-"""The room for a label, in decades and in points."""
+_POINTS = 0.07
+"""The room for a point with its interval, in decades."""
+_LEVEL, _ABOVE = 0.5, 1.3
+"""How far above the highest interval lines to names turn, and names are, in points."""
 
 
 def over_parameters(axes: Any, theme: Theme, folder: Path) -> bool:
@@ -55,35 +58,54 @@ def over_parameters(axes: Any, theme: Theme, folder: Path) -> bool:
     for name, mean in floors.items():
         axes.axhline(mean, color=theme.text, linestyle="--" if name == ALONE else ":", linewidth=1)
         lowest = mean == min(floors.values())
-        place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "top" if lowest else "bottom"}
-        axes.text(1, mean, name, color=theme.text, fontsize=8, **place)
+        place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "top" if lowest else "bottom"}
+        axes.text(1.01, mean, name.replace(" on ", "\non "), color=theme.text, fontsize=8, **place)
     shown = [own for name, own in table.rows.items() if name not in FLOORS]
     least = min(floors.values(), default=0) - _BELOW
     below = [own for own in shown if 100 * own.first < least]
-    labels: list[tuple[float, float]] = []
-    for own in sorted((own for own in shown if own not in below), key=lambda own: own.trained):
+    above = sorted((own for own in shown if own not in below), key=lambda own: own.trained)
+    named = [own for own in above if len(own.records) > 1]
+    at = spread([math.log10(own.trained) for own in named], [_POINTS] * len(named))
+    places = {own.row.name: 10**place for own, place in zip(named, at, strict=True)}
+    for own in above:
+        where = places.get(own.row.name, own.trained)
+        axes.plot(where, 100 * own.first, marker="o", markersize=5, fillstyle="none", color=theme.series[5])
         interval = own.interval()
-        axes.plot(own.trained, 100 * own.first, marker="o", markersize=5, fillstyle="none", color=theme.series[5])
         if not math.isnan(interval.half):
             bar = {"fmt": "o", "markersize": 4, "color": theme.series[0]}
-            axes.errorbar(own.trained, 100 * interval.mean, yerr=100 * interval.half, **bar)
-        if len(own.records) > 1:
-            at, mean = math.log10(own.trained), 100 * interval.mean
-            taken = [y for x, y in labels if abs(at - x) < _WIDTH]
-            heights = (mean + sign * _HEIGHT * step for step in count() for sign in (1, -1))
-            height = next(height for height in heights if all(abs(height - y) >= _HEIGHT for y in taken))
-            labels.append((at, height))
-            axes.text(1.12 * own.trained, height, own.row.name, color=theme.text, fontsize=8, va="center")
+            axes.errorbar(where, 100 * interval.mean, yerr=100 * interval.half, **bar)
     if below:
         lowest_first = sorted(below, key=lambda own: own.first)
-        names = ", ".join(f"{own.row.name} {100 * own.first:.1f}" for own in lowest_first)
-        place = {"transform": axes.transAxes, "va": "bottom", "fontsize": 8}
-        axes.text(0.01, 0.01, f"lower: {names}", color=theme.text, **place)
+        names = "\n".join(f"{own.row.name} {100 * own.first:.1f}" for own in lowest_first)
+        corner = {"transform": axes.transAxes, "va": "bottom", "fontsize": 8}
+        axes.text(1.01, 0, f"lower:\n{names}", color=theme.text, **corner)
         axes.set_ylim(bottom=least)
     axes.set_xscale("log")
     axes.set_xlabel("trained values, besides the head")
-    axes.set_ylabel("test accuracy, % (circles: first seed)")
+    axes.set_ylabel("test accuracy, %")
+    _names_above(axes, theme, named, places)
     return bool(shown)
+
+
+def _names_above(axes: Any, theme: Theme, named: Sequence[Trained], places: Mapping[str, float]) -> None:
+    """Write the names of rows in a line above the data, each with a line to its interval."""
+    if not named:
+        return
+    tops = [100 * (own.interval().mean + own.interval().half) for own in named]
+    level = max(tops) + _LEVEL
+    axes.set_ylim(top=level + _ABOVE - _LEVEL)
+    axes.set_xlim(*axes.get_xlim())
+    options = {"color": theme.text, "fontsize": 8, "ha": "center", "va": "bottom"}
+    texts = [axes.text(places[own.row.name], level + _ABOVE - _LEVEL, own.row.name, **options) for own in named]
+    axes.figure.canvas.draw()  # the layout, and with it the width of a name on the axis
+    ends = [text.get_window_extent().transformed(axes.transData.inverted()) for text in texts]
+    widths = [1.1 * math.log10(end.x1 / end.x0) + _POINTS / 2 for end in ends]
+    centres = spread([math.log10(places[own.row.name]) for own in named], widths)
+    for own, text, top, centre in zip(named, texts, tops, centres, strict=True):
+        place, name = places[own.row.name], 10**centre
+        text.set_x(name)
+        path = [place, place, name], [top, level, level + _ABOVE - _LEVEL]
+        axes.plot(*path, color=theme.text, linewidth=0.6, clip_on=False)
 
 
 def over_rates(axes: Any, theme: Theme, folder: Path) -> bool:
@@ -102,16 +124,20 @@ def over_rates(axes: Any, theme: Theme, folder: Path) -> bool:
     return bool(shown)
 
 
+_SHIFTS = (0.96, 1.04)
+"""Factors by which intervals of two rows are moved apart, so that they do not cover each other."""
+
+
 def over_texts(axes: Any, theme: Theme, folder: Path) -> bool:
     """Draw test accuracies of full fine-tuning and of a prefix over the number of texts of a class."""
     drawn = False
-    for row, colour in zip(LOW_DATA, theme.series, strict=False):
-        points: list[tuple[int, float, float]] = []
+    for row, colour, shift in zip(LOW_DATA, theme.series, _SHIFTS, strict=False):
+        points: list[tuple[float, float, float]] = []
         for size in FEW:
             own = Table(few(size), dict.fromkeys(LOW_DATA, True), folder).rows.get(row.name)
             if own is not None and len(own.records) > 1:
                 interval = own.interval()
-                points.append((size, 100 * interval.mean, 100 * interval.half))
+                points.append((size * shift, 100 * interval.mean, 100 * interval.half))
         if points:
             sizes, means, halves = zip(*points, strict=True)
             options = {"marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2}
@@ -119,7 +145,7 @@ def over_texts(axes: Any, theme: Theme, folder: Path) -> bool:
             drawn = True
     axes.set_xscale("log", base=2)
     axes.set_xticks(FEW, [str(size) for size in FEW])
-    axes.set_xlabel("texts of each class (Reuters R8)")
+    axes.set_xlabel("texts per class (Reuters R8)")
     axes.set_ylabel("test accuracy, %")
     _legend(axes, theme)
     return drawn
@@ -127,15 +153,46 @@ def over_texts(axes: Any, theme: Theme, folder: Path) -> bool:
 
 def _legend(axes: Any, theme: Theme) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, labelcolor=theme.text, fontsize=8)
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "ncols": len(FIRST_SHOWN)}
+        axes.legend(frameon=False, labelcolor=theme.text, fontsize=8, **place)
 
 
-DRAWN: Mapping[str, tuple[str, Draw]] = {
-    "parameters": ("Test accuracy over the number of trained values", over_parameters),
-    "rates": ("Validation accuracy over the learning rate", over_rates),
-    "little-data": ("Test accuracy with little data", over_texts),
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the page.
+
+    Attributes:
+        title: what it shows, for those who do not see it.
+        caption: what has to be known to read it.
+        draw: the function that draws it.
+    """
+
+    title: str
+    caption: str
+    draw: Draw
+
+
+DRAWN: Mapping[str, Picture] = {
+    "parameters": Picture(
+        "Test accuracy over the number of trained values",
+        f"Reuters R52. Points with names: means and 95 % intervals over {len(SEEDS)} seeds; where such rows train "
+        "about as many values, they are moved apart. Circles: the first seed of every row, the only one of those "
+        "without a name.",
+        over_parameters,
+    ),
+    "rates": Picture(
+        "Validation accuracy over the learning rate",
+        f"Reuters R52, one seed; one of the {VALIDATION} validation texts is {100 / VALIDATION:g} points.",
+        over_rates,
+    ),
+    "little-data": Picture(
+        "Test accuracy with little data",
+        f"Reuters R8. Means and 95 % intervals over {len(few(FEW[0]).seeds)} seeds of each row alone; the table above "
+        "has the differences between cells of the same seed. Both rows are moved apart a little.",
+        over_texts,
+    ),
 }
-"""By file name: what a picture shows, and the function that draws it."""
+"""By file name."""
 
 
 def draw(folder: Path = FOLDER, to: Path = PICTURES) -> list[Path]:
@@ -145,13 +202,13 @@ def draw(folder: Path = FOLDER, to: Path = PICTURES) -> list[Path]:
         ImportError: matplotlib is not installed.
     """
     written = []
-    for name, (_, function) in DRAWN.items():
+    for name, picture in DRAWN.items():
         for theme, colours in THEMES.items():
             with _axes(colours) as (figure, axes):
-                if function(axes, colours, folder):
+                if picture.draw(axes, colours, folder):
                     to.mkdir(parents=True, exist_ok=True)
                     path = to / f"{name}-{theme}.svg"
-                    figure.savefig(path, metadata={"Date": None}, transparent=True)
+                    figure.savefig(path, metadata={"Date": None, "Title": picture.title}, transparent=True)
                     written.append(path)
     return written
 
@@ -159,9 +216,9 @@ def draw(folder: Path = FOLDER, to: Path = PICTURES) -> list[Path]:
 def shown(name: str, to: Path = PICTURES) -> Iterator[str]:
     """Yield the lines of the page for a picture and the command that makes it; none if it does not exist."""
     if all((to / f"{name}-{theme}.svg").exists() for theme in THEMES):
-        title, _ = DRAWN[name]
-        yield from (f"![{title}](results/{name}-{theme}.svg#gh-{theme}-mode-only)" for theme in THEMES)
-        yield "\n```\npython -m experiments pictures\n```\n"
+        picture = DRAWN[name]
+        yield from (f"![{picture.title}](results/{name}-{theme}.svg#gh-{theme}-mode-only)" for theme in THEMES)
+        yield f"\n{picture.caption}\n\n```\npython -m experiments pictures\n```\n"
 
 
 @contextmanager

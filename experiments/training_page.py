@@ -56,8 +56,8 @@ MiniLM (22.6 million parameters) with a linear head on the mean of its last hidd
 row, at the rate {HEAD_RATE:g} except in *{ALONE}*. Methods are on all linear maps of the layers with rank 8, where they
 have a rank (alpha 16, where they have one), and are otherwise placed and sized as in their papers.
 
-- **full.** What most call full fine-tuning trains everything. Here *full* trains the weights of the linear maps of the
-  layers (queries, keys, values, outputs, and both maps of the MLP), about half of the model; embeddings, biases and
+- **Full.** Full fine-tuning usually trains everything. Here *full* trains the weights of the linear maps of the layers
+  (queries, keys, values, outputs, and both maps of the MLP), about half of the model; embeddings, biases and
   norms keep their values.
 - **Sizes.** *prefix* and *prompt* have 16 vectors, *rows* trains a tenth of the rows of each linear map, *mask* 0.5 %
   of all values and *LT-SFT* 1 %, *last layers* two layers.
