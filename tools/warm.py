@@ -11,14 +11,14 @@ import transformers
 import graftc
 
 _PLUGINS = ("graftc.axolotl",)
+"""Modules that only other packages import, which need not be installed."""
 
 
 def warm_up(*skipped: str) -> None:
     """Use one thread, import all of graftc, and what torch and transformers import only at the first capture.
 
-    All modules are imported at once, so that a run sees one state of the sources even if they are edited meanwhile.
-
-    Modules that may only be imported by other packages, which need not be installed, are left out.
+    All modules except plugins for other packages are imported at once, so that a run sees one state of the sources
+    even if they are edited meanwhile.
 
     Args:
         skipped: the beginnings of names of further modules that are left out.

@@ -117,11 +117,7 @@ def anchored(compilation: Compilation, capture: Capture, program: Program, shown
             for a model that takes no samples.
     """
     progress.step(f"anchor({program.mode})")
-    known = {axis.name: axis for axis in shown}
-    own = (known.get(spec.name, Axis(spec.name, spec.dtype, spec.shape)) for spec in program.inputs)
-    axes = tuple(replace(axis, axes=spec.shape) for axis, spec in zip(own, program.inputs, strict=True))
-    assert program.mode in ("train", "eval")
-    request = CaptureRequest(compilation.model, axes, program.flags, program.mode, compilation.store.aliases)
+    request = CaptureRequest.served_by(program, compilation.model, shown, compilation.store.aliases)
     return anchor(request, program, capture.constants)
 
 

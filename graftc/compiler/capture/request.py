@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import Flags, device_of
 from graftc.compiler.capture.signature import Axis, described
+from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode
 
 
@@ -48,6 +49,28 @@ class CaptureRequest:
             GraftError: GC030 if the model's inputs cannot be inferred from its interface.
         """
         return cls(model, tuple(default_axes(model) if axes is None else axes), flags, mode, aliases)
+
+    @classmethod
+    def served_by(
+        cls,
+        program: Program,
+        model: nn.Module,
+        shown: Sequence[Axis] = (),
+        aliases: Mapping[str, str] = MappingProxyType({}),
+    ) -> CaptureRequest:
+        """Return the request for the calls that a graph serves, to run a model on them.
+
+        Args:
+            program: the graph.
+            model: the model to run.
+            shown: inputs with the values that they were captured with, if they were captured as shown.
+            aliases: as for the class.
+        """
+        known = {axis.name: axis for axis in shown}
+        own = (known.get(spec.name, Axis(spec.name, spec.dtype, spec.shape)) for spec in program.inputs)
+        axes = tuple(replace(axis, axes=spec.shape) for axis, spec in zip(own, program.inputs, strict=True))
+        assert program.mode in ("train", "eval")
+        return cls(model, axes, program.flags, program.mode, aliases)
 
     @property
     def device(self) -> torch.device:

@@ -54,7 +54,7 @@ def write_merged(merged: ModelRoot | FoldedRunner, folder: Path) -> Any:
     For a model without a config, the folded weights go into ``model.safetensors``, by the source's own names.
 
     Raises:
-        GraftError: GC052 if the class cannot hold a folded tensor.
+        GraftError: GC052 if the class cannot hold a folded tensor, or the written model computes something else.
         OSError: if it cannot be written.
     """
     runner: FoldedRunner = runner_of(merged)
@@ -72,9 +72,8 @@ def write_merged(merged: ModelRoot | FoldedRunner, folder: Path) -> Any:
         save_tensors(own, weights)
         return source
     with quiet_transformers(), writing(weights):
-        rebuild(runner).save_pretrained(
-            folder
-        )  # released before it is loaded again, so that there is one copy at a time
+        # The model is released before the folder is loaded again, so that there is one copy at a time.
+        rebuild(runner).save_pretrained(folder)
         _repeat_rotation(folder / "config.json")
     model = _loaded_again(runner, folder)
     for file in companions_of_model(source):

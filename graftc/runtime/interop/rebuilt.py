@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -53,10 +52,14 @@ class FoldedPrograms(Protocol):
 
 
 def require_same_modules(compilation: Compilation, built: nn.Module) -> None:
-    """Raise if the model that was captured has other modules than a new instance of its class, which needs no values.
+    """Raise if modules of the model that was captured differ from those that its class builds.
 
-    Code and numbers are compared, such as a norm's epsilon, and which parameters there are. Modules with packed
-    weights, which the libraries that packed them have replaced, are not.
+    Compared are code, numbers such as a norm's epsilon, and the names of parameters; of live models also hooks. Modules
+    with packed weights are left out, because the libraries that packed them have replaced them.
+
+    Args:
+        compilation: the compilation of the model that was captured.
+        built: a new instance of its class, which may be on the meta device.
 
     Raises:
         GraftError: GC052.
@@ -77,7 +80,9 @@ def require_same_modules(compilation: Compilation, built: nn.Module) -> None:
     if is_live(compilation.model):  # its Python code calls the graphs, and the hooks around them
         for path, module in compilation.source.named_modules():
             if (hook := next(_hooks_of(module), "")) and not any(True for _ in _hooks_of(built.get_submodule(path))):
-                raise _not_as_built(f"{path or 'the model'} has the hook {hook}, which {type(built).__name__} has not")
+                raise _not_as_built(
+                    f"{path or 'the model'} has the hook {hook}, which {type(built).__name__} does not have"
+                )
 
 
 def require_same_outputs(merged: FoldedPrograms, model: Any, named: str) -> None:
@@ -98,14 +103,10 @@ def require_same_outputs(merged: FoldedPrograms, model: Any, named: str) -> None
     compilation = merged.compilation
     key = compilation.key("eval")
     program = take_out(merged.program_of(key), merged.kept)
-    shown = {axis.name: axis for axis in compilation.main.axes}
-    axes = tuple(replace(shown[spec.name], axes=spec.shape) for spec in program.inputs if spec.name in shown)
-    if len(axes) < len(program.inputs):  # an adaptation left in the graph takes an input of its own
-        return
-    captured: nn.Module = model
+    run: nn.Module = model
     if is_live(compilation.model):
-        captured = union_of(model, read_calls(dict(program.flags)[CALLS]))
-    request = CaptureRequest(captured, axes, program.flags, "eval", Store.mirror(model).aliases)
+        run = union_of(model, read_calls(dict(program.flags)[CALLS]))
+    request = CaptureRequest.served_by(program, run, compilation.main.axes, Store.mirror(model).aliases)
     buffers = dict(model.named_buffers())
     tensors = {
         name: tensor.detach()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from graftc.compiler.capture.anchor import anchor
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.compilation import Compilation
@@ -18,26 +16,27 @@ _GRAPH = "base.eval"
 def require_same_function(artifact: Artifact, compilation: Compilation) -> None:
     """Compare a base, run on sample inputs, with the graph that an artifact contains of it.
 
-    Config and weights are compared before. Code, hooks and numbers of modules are in neither, and another release of
-    transformers may have changed them. Nothing is run if the capture is the artifact's own. The elements of a live
-    model are not compared.
+    Config and weights have been compared already, but do not contain the code, hooks and numbers of modules, which
+    another release of transformers may have changed. Nothing is run if the capture is the artifact's own. The elements
+    of a live model are not compared.
 
     Raises:
         GraftError: GC087 if the base computes something else, although the versions of the libraries are the same.
 
     Warns:
-        GraftWarning: GC095 if it does with other versions.
+        GraftWarning: GC095 if it computes something else with other versions.
     """
     manifest, current = artifact.manifest, compilation.main
-    written, kinds = manifest.signatures[0], {str(kind): graph for kind, graph in manifest.signatures[0].graphs.items()}
+    written = manifest.signatures[0]
     keys = [capture.key for capture in current.captures]
-    if _GRAPH not in kinds or elements_in(written.flags) or (all(keys) and keys == [c.key for c in written.captures]):
+    if (
+        _GRAPH not in written.graphs
+        or elements_in(written.flags)
+        or (all(keys) and keys == [c.key for c in written.captures])
+    ):
         return
     program = artifact.graph(_GRAPH)
-    shown = {axis.name: axis for axis in current.axes}
-    axes = tuple(replace(shown[spec.name], axes=spec.shape) for spec in program.inputs if spec.name in shown)
-    store = compilation.store
-    request = CaptureRequest(compilation.model, axes, program.flags, "eval", store.aliases)
+    request = CaptureRequest.served_by(program, compilation.model, current.axes, compilation.store.aliases)
     differing = anchor(request, program, artifact.constants()).differing
     if not differing:
         return

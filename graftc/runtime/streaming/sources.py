@@ -126,7 +126,7 @@ def _note_other_config(artifact: Artifact, checkpoint: TensorFolder) -> None:
         return
     own, other = artifact.identity, Identity(config_digest(config), {}, settings=settings_of(config))
     if own.config != other.config:
-        message = f"{checkpoint.path}, whose config the merged folder gets, is not as it was adapted: "
+        message = f"the merged folder gets the config of {checkpoint.path}, which is not the one that was adapted: "
         hint = "merge in memory to keep the settings that were adapted: leave --stream out"
         warn("GC096", message + own.other_config(other), hint=hint)
 

@@ -155,7 +155,7 @@ def with_call(model: Any) -> None:
     ],
 )
 def test_what_only_a_run_shows_is_refused(name: str, change: Any, tmp_path: Path) -> None:
-    """Hooks and ties are in no file; the graph has them, and a model that the class builds has not."""
+    """Hooks and ties are in no file: the graph contains them, but a model that the class builds does not."""
     model = tiny(name)
     change(model)
     compiled: Any = graftc.compile({"adapt": [{"method": "bitfit"}]} if name == "gpt2" else SPEC, model.eval()).eval()
@@ -198,7 +198,7 @@ def test_buffers_that_were_rounded_with_the_model_are_allowed(dtype: torch.dtype
 
 
 def test_a_folder_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
-    """The live model has fewer keys and values than its config says."""
+    """The config describes a larger vocabulary than the live model has."""
     model = tiny("llama")
     model.config.vocab_size += 8
     with pytest.raises(GraftError, match="GC052"):
