@@ -23,9 +23,9 @@ _HEAD = f"""## Training a decoder
 SmolLM2-135M-Instruct learns to turn records, such as `type: museum | name: Gilda | opening year: 1896`, into sentences
 of a seeded grammar. It trains on {RECORDS} records of {len(TRAINED)} categories, {STEPS} steps of {BATCH} records;
 {len(HELD_OUT)} other categories, with attributes of their own, are *unseen*. Rates are swept as for the encoder, and
-chosen by the loss on {TESTED} further records of seen categories; {len(SEEDS)} seeds. All is trained as the encoder is,
-SpIEL with its own AdamW. *full* trains the weights of all linear maps of the layers, gates included, which are
-{{full}} of 135 million values: no embeddings and no norms. *prefix* and *prompt* have 16 vectors.
+chosen by the loss on {TESTED} further records of seen categories; {len(SEEDS)} seeds. Training is as for the
+encoder, for SpIEL with its own AdamW. *full* trains the weights of all linear maps of the layers, gates included, which
+are {{full}} of 135 million values: no embeddings and no norms. *prefix* and *prompt* have 16 vectors.
 
 *Trained* is the number of values that train, *rate* the best rate, with `*` if it is at the end of its sweep. *Loss* is
 the mean cross-entropy of a token of the target, in nats, on {TESTED} records. BLEU and chrF (sacrebleu's defaults)
@@ -50,13 +50,13 @@ def section(folder: Path = FOLDER) -> Iterator[str]:
 
 def worse(own: Trained, other: Trained) -> list[str]:
     """Return the measures on which a row is worse than another, with the differences of cells of the same seed."""
-    found = []
+    differences = []
     for name, title in MEASURES.items():
         over, is_loss = own.over(other, name), name.startswith("loss")
         if over.is_above_zero if is_loss else over.is_below_zero:
             kind, _, group = title.partition(", ")
-            found.append(f"{group} {kind} ({over.shown(3 if is_loss else 1, sign='+')})")
-    return found
+            differences.append(f"{group} {kind} ({over.shown(3 if is_loss else 1, sign='+')})")
+    return differences
 
 
 def _line(own: Trained) -> str:

@@ -14,8 +14,8 @@ from experiments.training_page import TITLES
 from experiments.training_plans import MANY, STEPS
 
 _FIGURES = ("PEFT's last loss", "loss difference", "accuracy", "graftc's last loss")
-_HEAD = f"""The same cells with two sets of versions: {{environments}}. All other packages are the same, except where
-these versions require others; the optional {" and ".join(HIDDEN)} are hidden from both. *PEFT's last loss* and
+_HEAD = f"""The same cells were computed with two sets of versions: {{environments}}. All other packages have the same
+versions, unless these require others; the optional {" and ".join(HIDDEN)} are hidden from both. *PEFT's last loss* and
 *loss difference* (the largest relative difference between graftc's losses and PEFT's) are those of the parity table on
 MiniLM in float32; *accuracy* and *graftc's last loss* are those of {STEPS} steps on {MANY:,} texts of {TITLES[TASK]} at
 one rate, as in the tables of training. A figure of the newest is **bold** if it differs in any bit.

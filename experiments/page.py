@@ -143,5 +143,5 @@ def _statement(records: Sequence[Record]) -> Iterator[str]:
         yield f"The other {len(wrong)} are not, and nothing was tuned to make them pass:\n"
     for cause, rows in causes(gated).items():
         places = [f"{named(own.cell.name)} ({TITLES[own.cell.model]}, {own.cell.dtype})" for own in rows]
-        example = f" {magnified(gated)}" if cause == ROUNDED and magnified(gated) else ""
+        example = f" {text}" if cause == ROUNDED and (text := magnified(gated)) else ""
         yield f"- {cause}{example} Missed by: {', '.join(places)}."

@@ -92,11 +92,11 @@ def _names_above(axes: Any, theme: Theme, named: Sequence[Trained], places: Mapp
     if not named:
         return
     tops = [100 * (own.interval().mean + own.interval().half) for own in named]
-    level = max(tops) + _LEVEL
-    axes.set_ylim(top=level + _ABOVE - _LEVEL)
+    level, height = max(tops) + _LEVEL, max(tops) + _ABOVE
+    axes.set_ylim(top=height)
     axes.set_xlim(*axes.get_xlim())
     options = {"color": theme.text, "fontsize": 8, "ha": "center", "va": "bottom"}
-    texts = [axes.text(places[own.row.name], level + _ABOVE - _LEVEL, own.row.name, **options) for own in named]
+    texts = [axes.text(places[own.row.name], height, own.row.name, **options) for own in named]
     axes.figure.canvas.draw()  # the layout, and with it the width of a name on the axis
     ends = [text.get_window_extent().transformed(axes.transData.inverted()) for text in texts]
     widths = [1.1 * math.log10(end.x1 / end.x0) + _POINTS / 2 for end in ends]
@@ -104,7 +104,7 @@ def _names_above(axes: Any, theme: Theme, named: Sequence[Trained], places: Mapp
     for own, text, top, centre in zip(named, texts, tops, centres, strict=True):
         place, name = places[own.row.name], 10**centre
         text.set_x(name)
-        path = [place, place, name], [top, level, level + _ABOVE - _LEVEL]
+        path = [place, place, name], [top, level, height]
         axes.plot(*path, color=theme.text, linewidth=0.6, clip_on=False)
 
 

@@ -125,14 +125,13 @@ def _costs(some: Sequence[Table]) -> str:
     noise = identical(some)
     cheaper = [name for name, ratio in ratios.items() if ratio * noise < 1]
     values = "; ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items())
-    parts = [
-        f"Step time relative to full fine-tuning on {TITLES[table.task]}: {values}. "
-        f"The same computation differed by up to {noise:.1f} times between two rows, and by up to "
-        f"{max(own.spread('step_ms') for each in some for own in each.rows.values()):.1f} times between cells of one "
-        f"row, so that only {listed(cheaper)} is clearly cheaper in time"
-        if cheaper
-        else f"Step time relative to full fine-tuning on {TITLES[table.task]}: {values}"
-    ]
+    parts = [f"Step time relative to full fine-tuning on {TITLES[table.task]}: {values}"]
+    if cheaper:
+        spread = max(own.spread("step_ms") for each in some for own in each.rows.values())
+        parts.append(
+            f"The same computation differed by up to {noise:.1f} times between two rows, and by up to {spread:.1f} "
+            f"times between cells of one row, so that only {listed(cheaper)} is clearly cheaper in time"
+        )
     peaked = next((each for each in some[1:] if "full" in _measured(each, "peak_mb")), None)
     if peaked is not None:
         peaks = "; ".join(f"{name}: {unit(value, 'MiB')}" for name, value in _measured(peaked, "peak_mb").items())

@@ -36,7 +36,7 @@ TITLES = {
 }
 _SHORT = {"r52": "on R52", "r8": "on R8", "20newsgroups": "on 20 Newsgroups", "reviews": "for ratings"}
 LEAST = "{names} are the least of all the row's cells, those of its sweep included."
-"""What is below a table with times."""
+"""The sentence below a table that has times."""
 _COLUMNS = (
     "method",
     "trained",
@@ -67,9 +67,9 @@ have a rank (alpha 16, where they have one), and are otherwise placed and sized 
   since it was added, and is AdamW for everything else ([spiel](methods/spiel.md)).
 - **Rates.** Three rates a factor of about three apart; as long as the best is at an end, the sweep is extended there,
   to at most {MOST_RATES} rates. The best has the highest accuracy (for ratings, correlation) on {VALIDATION} labelled
-  texts that are neither trained on nor tested with; of equal ones, the lowest loss on them. So a row uses
-  more labels than the table's title says. *Rate* is the best one, the highest that the schedule reaches; one with `*`
-  is at the end of its sweep.
+  texts that are neither trained on nor tested with; among rates with equal accuracy, it
+  has the lowest loss on them. So a row uses more labels than the table's title says. *Rate* is the best one,
+  the highest that the schedule reaches; one with `*` is at the end of its sweep.
 - **Seeds.** {len(SEEDS)} at the best rate for some methods, one for the others. A seed determines which texts train and
   which choose the rate, their order, the head's and the method's initial values, and dropout. Sweeps use the first.
 - **Figures.** *Trained* is the number of values that train besides the head; in the row
