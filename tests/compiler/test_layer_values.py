@@ -171,13 +171,16 @@ def test_a_method_that_takes_none() -> None:
 
 
 class Recurrence(nn.Module):
-    """A layer whose branch adds to a state of another width at every step."""
+    """A layer, 6 wide, with a branch that adds to a state of its own at every step, behind another branch or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: int, branches: int) -> None:
         super().__init__()
-        self.read, self.again, self.write = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 6)
+        self.turn = nn.Linear(6, 6) if branches == 2 else None
+        self.read, self.again, self.write = nn.Linear(6, state), nn.Linear(state, state), nn.Linear(state, 6)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.turn is not None:
+            x = x + self.turn(x)
         features = self.read(x)
         state = torch.tanh(features)
         for _ in range(2):
@@ -189,9 +192,10 @@ class Recurrence(nn.Module):
 class Recurrent(nn.Module):
     """Two such layers, each of which runs twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: int, branches: int) -> None:
         super().__init__()
-        self.embed, self.layers = nn.Embedding(17, 6), nn.ModuleList([Recurrence(), Recurrence()])
+        self.embed = nn.Embedding(17, 6)
+        self.layers = nn.ModuleList([Recurrence(state, branches), Recurrence(state, branches)])
         self.head = nn.Linear(6, 5)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -203,10 +207,12 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.slow
-def test_a_recurrence_within_a_layer_is_not_a_run_of_it() -> None:
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("state", [4, 6])
+def test_a_recurrence_within_a_layer_is_not_a_run_of_it(state: int, branches: int) -> None:
     """Pasta could not be inserted (GC071): the states, 4 wide, counted as further inputs of a layer that is 6 wide."""
     torch.manual_seed(0)
-    model, ids = Recurrent(), torch.tensor([[3, 1, 4, 2], [1, 5, 9, 2]])
+    model, ids = Recurrent(state, branches), torch.tensor([[3, 1, 4, 2], [1, 5, 9, 2]])
     spec = {"adapt": [{"method": "pasta", "special_tokens": [1, 2], "init": "zeros", "dropout": 0.0}]}
     compiled = graftc.compile(spec, model, {"input_ids": ids}, cache=False).eval()
     assert torch.equal(compiled(ids), model(ids))

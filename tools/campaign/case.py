@@ -20,7 +20,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.registry import method_specs
 from graftc.testing import perturb
 from tools.campaign.blocks import Attention
-from tools.campaign.comparing import CASTING, SLOPE, Comparison, record_of, tolerance_of
+from tools.campaign.comparing import CASTING, DRAWN, SLOPE, Comparison, record_of, tolerance_of
 from tools.campaign.eager import Eager, leaves
 from tools.campaign.grammar import Model, draw_model
 from tools.campaign.models import build, inputs_of
@@ -160,8 +160,10 @@ def _compile(
     tolerance = tolerance_of(case.model.family)
     with torch.no_grad():
         if _starts_as_base(case.spec):
+            drawn = any(entry.get("init") == "orthogonal" for entry in case.spec["adapt"])
+            bound = max(tolerance, DRAWN) if drawn else tolerance
             for inputs in calls:
-                yield Comparison("before training", leaves(compiled(**inputs)), leaves(built(**inputs)), tolerance)
+                yield Comparison("before training", leaves(compiled(**inputs)), leaves(built(**inputs)), bound)
     perturb(compiled, case.noise, case.seed)
     tensors = compiled.adapter_state_dict()
     eager: Eager | None = None

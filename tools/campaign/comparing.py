@@ -17,6 +17,8 @@ SINGLE = 1e-4
 """Where the model, or ONNX Runtime, computes in float32."""
 SINGLE_INSIDE = 1e-5
 """Where a float64 model of transformers casts to float32 in its norms or rotations."""
+DRAWN = 1e-7
+"""Where a float64 model starts as its base by a product of factors that are drawn in float32 and cancel."""
 CASTING = frozenset({"llama", "mixtral", "t5", "gpt_neox"})
 """The families that do so."""
 

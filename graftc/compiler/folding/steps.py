@@ -28,6 +28,7 @@ from graftc.passes.core.weights.folds import (
 )
 from graftc.passes.core.weights.tensor_edits import TensorEdit
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
+from graftc.passes.graph.remove_folded import added_bias
 from graftc.specs.errors.diagnostics import GraftError
 
 Read = Callable[[str], Tensor]
@@ -111,6 +112,9 @@ def site_steps(compilation: Compilation, unit: Unit, read: Read | None = None) -
             reason = "it changes the bias, which the model computes from other tensors"
             raise GraftError("GC050", f"{unit.name!r} cannot fold at {site.key}: {reason}")
         bias = site.own_bias or _new_bias(compilation, site)
+        if bias is None and isinstance(site.use, Dense) and _adds_bias(compilation, site, fold):
+            reason = "it adds a bias, and the model has no place for one"
+            raise GraftError("GC050", f"{unit.name!r} cannot fold at {site.key}: {reason}")
         steps.append(FoldStep(unit.name, str(site.key), site.own, bias, fold.apply))
     return steps
 
@@ -130,10 +134,19 @@ def _tensor_steps(compilation: Compilation, name: str, site: Site, method: str, 
 
 
 def _new_bias(compilation: Compilation, site: LinearSite) -> WeightSlice | None:
-    """Return a bias that folding may add; None if the call takes no bias, or if the name is already taken."""
-    name = f"{site.key.module}.bias".lstrip(".")
-    fixed = not isinstance(site.use, Dense) or site.use.addend is not None or name in compilation.store
-    return None if fixed else site.own.companion(name)
+    """Return the bias that folding may add to a module that reads all of its own weight, otherwise None."""
+    store, use = compilation.store, site.use
+    bias = added_bias(use.node)
+    own = store.canonical(f"{bias.removesuffix('bias')}weight") == use.weight.tensor and use.weight.whole
+    free = isinstance(use, Dense) and use.addend is None and bias not in store
+    return site.own.companion(bias) if own and free else None
+
+
+def _adds_bias(compilation: Compilation, site: LinearSite, fold: WeightFold) -> bool:
+    """Return whether a fold needs a bias where there is none."""
+    device = compilation.store.get(site.own.tensor).device
+    weight = torch.zeros(site.out_features, site.in_features, dtype=torch.float64, device=device)
+    return fold.apply(weight, None)[1] is not None
 
 
 def _changes_bias(compilation: Compilation, site: LinearSite, fold: WeightFold) -> bool:

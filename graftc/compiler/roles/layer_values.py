@@ -52,11 +52,12 @@ class LayerRun:
 
 
 def layer_values(
-    sublayers: Sequence[Sublayer], end: Callable[[Sublayer], Hashable]
+    graph: fx.Graph, sublayers: Sequence[Sublayer], end: Callable[[Sublayer], Hashable]
 ) -> dict[str, list[tuple[LayerRun, str]]]:
     """Return every layer's runs in graph order, each with its stem, by layer path.
 
     Args:
+        graph: the graph.
         sublayers: residual branches in graph order; branches without a role also belong to their layers.
         end: returns a mark for the end of a branch. When a mark repeats in a layer, the layer has started another run.
     """
@@ -64,13 +65,8 @@ def layer_values(
     for sublayer in sublayers:
         if sublayer.layer is not None:
             branches[sublayer.owner].append(sublayer)
-    by_owner: dict[str, list[LayerRun]] = {}
-    for owner, own in branches.items():
-        runs = _runs(own, end)
-        if len({_width(run.entry) for run in runs}) > 1:
-            # A recurrence within the layer adds to a state of its own, at every step: that is not the layer's stream.
-            runs = _runs([each for each in own if _width(each.stream) == _width(own[-1].stream)], end)
-        by_owner[owner] = runs
+    sums: ItemsAbove[fx.Node] = ItemsAbove(graph, {sublayer.sum: sublayer.sum for sublayer in sublayers})
+    by_owner = {owner: _runs(_outermost(own, sums), end) for owner, own in branches.items()}
     stems: dict[str, str] = {}
     for run in (run for runs in by_owner.values() for run in runs):
         stems[run.stack] = stems.get(run.stack) or run.stem
@@ -90,8 +86,13 @@ def _runs(sublayers: Iterable[Sublayer], end: Callable[[Sublayer], Hashable]) ->
     return runs
 
 
-def _width(value: fx.Node) -> object:
-    return expression(value.meta["val"].shape[-1])
+def _outermost(own: Sequence[Sublayer], sums: ItemsAbove[fx.Node]) -> list[Sublayer]:
+    """Return a layer's branches without those inside others, such as the steps of a recurrence, which have no stream.
+
+    A branch is inside another if that one's result depends on its sum, and the stream that it is added to does not.
+    """
+    inner = {node for outer in own for node in sums.inside(outer.projection, outer.stream)}
+    return [each for each in own if each.sum not in inner]
 
 
 def value_sites(
@@ -105,7 +106,7 @@ def value_sites(
         end: as for `layer_values`.
     """
     tokens = TokenReaders(graph, structure.findings)
-    for owner, runs in layer_values(structure.sublayers, end).items():
+    for owner, runs in layer_values(graph, structure.sublayers, end).items():
         for name in ("layer.in", "layer.out"):
             sites = []
             for use, (run, stem) in enumerate(runs):

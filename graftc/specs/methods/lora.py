@@ -132,13 +132,13 @@ class LoRA(MethodSpec):
     """`kaiming`: A uniform in ±1/sqrt(in), B zero. `gaussian`: A normal with standard deviation 1/rank, B zero. In an
     embedding table both make A zero and B standard normal. `random`: A uniform in ±1/sqrt(in), B in ±1/sqrt(rank), both
     standard normal in an embedding table: the model is another one from the start. `orthogonal`: A and B random, with
-    `B A` zero: the rows of B and the columns of A are in subspaces that are orthogonal to each other; the rank is even,
-    and embedding tables start as with `kaiming`. `pissa`: principal singular vectors of W. `olora`: its QR
-    factors. These two subtract their initial product, so the model is initially unchanged. `loftq`: `s B A` is the part
-    of that rank of what quantising took from W (`base: {quantize: ...}`), so that training starts nearer to the model
-    as it was. `eva` and `lora_ga` start from the user's batches, by `compiled.initialise(batches)`: `eva` with the
-    principal directions of each site's inputs as A and zero as B, `lora_ga` with the singular directions of the
-    weight's gradient, whose initial product is subtracted. Until then both start as `kaiming` does."""
+    `B A` zero up to the rounding of float32: the rows of B and the columns of A are in subspaces that are orthogonal to
+    each other; the rank is even, and embedding tables start as with `kaiming`. `pissa`: principal singular vectors of
+    W. `olora`: its QR factors. These two subtract their initial product, so the model is initially unchanged. `loftq`:
+    `s B A` is the part of that rank of what quantising took from W (`base: {quantize: ...}`), so that training starts
+    nearer to the model as it was. `eva` and `lora_ga` start from the user's batches, by `compiled.initialise(batches)`:
+    `eva` with the principal directions of each site's inputs as A and zero as B, `lora_ga` with the singular directions
+    of the weight's gradient, whose initial product is subtracted. Until then both start as `kaiming` does."""
 
     loftq_iterations: int = Field(default=1, ge=1, le=64)
     """How often `loftq` alternates between quantising a weight and taking the factors from what that loses. With 1, the

@@ -306,7 +306,18 @@ class ItemsAbove(Generic[T]):
 
     def of(self, value: fx.Node) -> tuple[T, ...]:
         """Return the items of a value and of everything that it is computed from, in their original order."""
-        return tuple(item for number, item in enumerate(self._items) if self._marks[value] >> number & 1)
+        return self._marked(self._marks[value])
+
+    def inside(self, value: fx.Node, source: fx.Node) -> tuple[T, ...]:
+        """Return the items of a value without those that ``source`` depends on as well, in their original order."""
+        return self._marked(self._marks[value] & ~self._marks[source])
+
+    def _marked(self, mark: int) -> tuple[T, ...]:
+        marked: list[T] = []
+        while mark:
+            marked.append(self._items[(mark & -mark).bit_length() - 1])
+            mark &= mark - 1
+        return tuple(marked)
 
 
 def is_above(node: fx.Node, other: fx.Node) -> bool:
