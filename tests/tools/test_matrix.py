@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import venv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from tools.matrix.environments import (
     targets,
 )
 from tools.matrix.making import Interpreter, MatrixError, ReadyEnvironment, digest, find_interpreter
-from tools.matrix.report import row_of_tests, table_of_tests
+from tools.matrix.report import row_of_tests, row_of_walk, table_of_tests, table_of_walks
 from tools.matrix.testing import Outcomes, read_junit, stale_skips
 from tools.matrix.walking import environment_of, walk
 from tools.matrix.walks import SCRIPTS, Code, Page, Script, Shell
@@ -264,6 +265,18 @@ def test_what_is_wrong_is_named_by_page_and_line(
 
 def test_a_missing_page_is_named(run: Callable[..., str]) -> None:
     assert run(Page("docs/no.md")) == "docs/no.md is missing"
+
+
+def test_a_page_that_an_environment_cannot_run_is_left_out(printing: ReadyEnvironment, tmp_path: Path) -> None:
+    """Of the rest nothing is: a page without its package is wrong where the environment should have it."""
+    (tmp_path / "page.md").write_text("```python\nimport absent\n```\n")
+    script = Script("script", (Page("page.md", first="python", needs=("absent",)), Shell("touch after")))
+    without = replace(printing, environment=replace(NEWEST, without={"absent": "it is too new"}))
+    walked = walk(script, without, tmp_path / "walks", tmp_path)
+    assert walked.wrong == "" and walked.left_out == {"page.md": "without absent: it is too new"}
+    assert (tmp_path / "walks" / "script" / "after").is_file()
+    assert table_of_walks([row_of_walk(without, walked)]).endswith("runs, without page.md")
+    assert "ModuleNotFoundError" in walk(script, printing, tmp_path / "walks", tmp_path).wrong
 
 
 def test_only_the_graftc_of_the_environment_counts(tmp_path: Path) -> None:

@@ -162,6 +162,8 @@ def _walk(chosen: Sequence[Environment], maker: Maker, names: Sequence[str] | No
             ready = maker(environment_of(script, base))
             print(f"{script.name}: {', then '.join(map(str, script.steps))}", flush=True)
             walked = walk(script, ready)
+            for page, reason in walked.left_out.items():
+                print(f"{script.name}: {page} is left out: {reason}", flush=True)
             print(
                 f"{script.name}: {walked.wrong or 'runs'} ({walked.seconds / 60:.1f} minutes; {walked.log})", flush=True
             )

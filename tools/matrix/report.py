@@ -40,6 +40,7 @@ def row_of_walk(ready: ReadyEnvironment, walked: Walked) -> dict[str, Any]:
         "minutes": round(walked.seconds / 60, 1),
         "gigabytes": round(ready.bytes / 1e9, 1),
         "wrong": walked.wrong,
+        "left out": dict(walked.left_out),
     }
 
 
@@ -54,8 +55,9 @@ def table_of_walks(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a table with a line for each script."""
     cells = []
     for row in rows:
-        wrong = row["wrong"].partition("\n")[0]
-        cells.append([row["script"], *_versions(row), str(row["minutes"]), str(row["gigabytes"]), wrong or "runs"])
+        runs = ", ".join(["runs", *(f"without {page}" for page in row["left out"])])
+        outcome = row["wrong"].partition("\n")[0] or runs
+        cells.append([row["script"], *_versions(row), str(row["minutes"]), str(row["gigabytes"]), outcome])
     return _table([["script", *SHOWN, "minutes", "gigabytes", ""], *cells])
 
 

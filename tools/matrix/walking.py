@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,12 +28,14 @@ class Walked:
     Attributes:
         script: its name.
         wrong: what went wrong, with the page and the line; empty if nothing did.
+        left_out: the pages that need a package which the environment leaves out, each with the reason.
         seconds: how long it took.
         log: the file with its output.
     """
 
     script: str
     wrong: str
+    left_out: Mapping[str, str]
     seconds: float
     log: Path
 
@@ -70,10 +72,19 @@ def walk(script: Script, ready: ReadyEnvironment, folder: Path = FOLDER / "walks
     shutil.rmtree(variables["GRAFTC_CACHE"], ignore_errors=True)
     start = time.monotonic()
     wrong = _not_the_wheel(ready, place, variables)
+    left_out = dict(_left_out(script, ready.environment))
     for step in () if wrong else script.steps:
-        if wrong := _step(step, ready, place, variables, log, root):
+        if str(step) not in left_out and (wrong := _step(step, ready, place, variables, log, root)):
             break
-    return Walked(script.name, wrong, time.monotonic() - start, log)
+    return Walked(script.name, wrong, left_out, time.monotonic() - start, log)
+
+
+def _left_out(script: Script, environment: Environment) -> Iterator[tuple[str, str]]:
+    """Yield the pages that an environment cannot run, each with the reason."""
+    for step in script.steps:
+        for package in step.needs if isinstance(step, Page) else ():
+            if package in environment.without:
+                yield str(step), f"without {package}: {environment.without[package]}"
 
 
 def _not_the_wheel(ready: ReadyEnvironment, place: Path, variables: Mapping[str, str]) -> str:

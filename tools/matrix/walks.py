@@ -20,10 +20,17 @@ folder.mkdir()
 
 @dataclass(frozen=True)
 class Page:
-    """A page: the blocks marked with ``<!-- run -->``, or the first block of a language; or a notebook, all of it."""
+    """A page: the blocks marked with ``<!-- run -->``, or the first block of a language; or a notebook, all of it.
+
+    Attributes:
+        path: its path in the checkout.
+        first: the language of the one block to run.
+        needs: packages without which it is left out, if the environment is one of those that leave them out.
+    """
 
     path: str
     first: str | None = None
+    needs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.path
@@ -79,7 +86,7 @@ SCRIPTS = (
         (
             Page("docs/tutorials/chat.md"),
             Page("docs/tutorials/merge.md"),
-            Page("docs/tutorials/serve.md"),
+            Page("docs/tutorials/serve.md", needs=("onnxruntime-genai",)),
             Page("docs/tutorials/changed.md"),
         ),
         extras=("serve",),

@@ -85,13 +85,14 @@ def train(settings: TrlSettings) -> TrlRun:
             )
     trl = package("trl")
     created: list[_Created] = []
+    start = _start()
     kind = getattr(trl, TRAINERS[settings.trainer])
 
     def create(**arguments: Any) -> Any:
-        created.append(_create(kind, settings, arguments))
+        created.append(_create(kind, settings, arguments, start))
         return created[-1].trainer
 
-    with mock.patch.object(trl, TRAINERS[settings.trainer], create), _starting(created):
+    with mock.patch.object(trl, TRAINERS[settings.trainer], create), _starting(settings, start):
         script_of(settings.trainer).main(settings.script, settings.training, settings.model, settings.datasets)
     result = created[-1]
     if settings.artifact is not None:
@@ -116,21 +117,36 @@ class _Created:
     adapter: bool
 
 
+def _start() -> Any:
+    """Return a callback for a trainer that records in ``begun`` whether the first step has begun."""
+    from transformers import TrainerCallback
+
+    class Start(TrainerCallback):
+        begun = False
+
+        def on_step_begin(self, *rest: Any, **more: Any) -> None:
+            self.begun = True
+
+    return Start()
+
+
 @contextmanager
-def _starting(created: list[_Created]) -> Iterator[None]:
-    """Turn what libraries raise before there is a trainer into GC201; later errors pass."""
+def _starting(settings: TrlSettings, start: Any) -> Iterator[None]:
+    """Turn what libraries raise before the first step into GC201; later errors pass."""
     try:
         yield
     except GraftError:
         raise
-    except Exception as error:  # scripts load data, reward functions and models of any kind
-        if created:
+    except Exception as error:  # scripts load data, reward functions, models and checkpoints of any kind
+        if start.begun:
             raise
-        raise GraftError("GC201", first_line(error), hint="set GRAFTC_DEBUG=1 for a traceback") from error
+        resumed = settings.training.resume_from_checkpoint
+        check = f"check whether {resumed} is a complete checkpoint, or " if isinstance(resumed, str) else ""
+        raise GraftError("GC201", first_line(error), hint=f"{check}set GRAFTC_DEBUG=1 for a traceback") from error
 
 
-def _create(kind: Any, settings: TrlSettings, arguments: dict[str, Any]) -> _Created:
-    """Return the trainer for the arguments with which a script creates one."""
+def _create(kind: Any, settings: TrlSettings, arguments: dict[str, Any], start: Any) -> _Created:
+    """Return the trainer for the arguments with which a script creates one, with another callback."""
     # The quantization_config is None: quantised loading has been refused.
     replaced = ("model", "args", "peft_config", "quantization_config")
     others = {name: value for name, value in arguments.items() if name not in replaced}
@@ -144,7 +160,7 @@ def _create(kind: Any, settings: TrlSettings, arguments: dict[str, Any]) -> _Cre
             hint = "write an artifact as well, with --artifact DIR"
             raise GraftError(error.code, error.message, place=error.place, hint=hint, details=error.details) from None
         adapter = False
-    others |= {"processing_class": tokenizer, "callbacks": [compiled.callback()]}
+    others |= {"processing_class": tokenizer, "callbacks": [compiled.callback(), start]}
     kind = _saving(kind, compiled) if adapter else kind
     training = settings.training
     options = training.model_init_kwargs

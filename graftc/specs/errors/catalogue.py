@@ -730,8 +730,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "adapter is asked for.",
      "Correct the key that the message names. `trl TRAINER --help` lists the keys and their values."),
     ("GC201", _FAILED, "a run of TRL cannot start",
-     "TRL, or a library that it uses, could not load the data, the model or its tokenizer, or refused the settings "
-     "before the first step.",
+     "TRL, or a library that it uses, could not load the data, the model, its tokenizer or a checkpoint, or refused "
+     "the settings before the first step.",
      "The message is the library's own. `GRAFTC_DEBUG=1` in the environment shows where it comes from."),
 )
 # fmt: on

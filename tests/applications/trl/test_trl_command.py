@@ -126,6 +126,13 @@ def test_checkpoints_are_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[s
     run_valid_quietly(capsys, "sft", str(config), "--resume_from_checkpoint", "out/checkpoint-2")
     again = load_file("out/adapter_model.safetensors")
     assert whole["steps"] == 3 and all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+    for name in ("trainer_state.json", "optimizer.pt", "model.safetensors"):
+        file = Path("out/checkpoint-2", name)
+        content = file.read_bytes()
+        file.write_bytes(content[:20])
+        error = refused(capsys, "GC201", "sft", "--config", str(config), "--resume_from_checkpoint", str(file.parent))
+        assert "out/checkpoint-2 is a complete checkpoint" in error["hint"]
+        file.write_bytes(content)
 
 
 UNSUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -207,6 +214,14 @@ def test_data_and_models_that_are_missing(gone: str, tmp_path: Path, capsys: pyt
     config = str(write_config("sft", tmp_path, **{gone: "nowhere/at-all"}))
     outcome = run_here(capsys, "trl", "sft", "--config", config)
     assert outcome.status == 3 and "\nGC201: " in f"\n{outcome.err}" and "Traceback" not in outcome.err
+
+
+@pytest.mark.slow
+def test_settings_that_the_trainer_refuses_when_it_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are the user's, and no crash to report (GC099)."""
+    config = str(write_config("sft", tmp_path, learning_rate=float("nan")))
+    outcome = run_here(capsys, "trl", "sft", "--config", config)
+    assert "\nGC201: ValueError: Invalid learning rate: nan" in f"\n{outcome.err}"
 
 
 def test_an_artifact_that_exists_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
