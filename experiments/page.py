@@ -13,7 +13,7 @@ from experiments import times_page as times
 from experiments.cells import ROOT, SHOWN
 from experiments.explaining import GATES, ROUNDED, causes, magnified, misses, named
 from experiments.parity_plan import BATCHES, DTYPES, RATE, STEPS, compared
-from experiments.store import FOLDER, Record, Store
+from experiments.store import FOLDER, Record, Store, replace
 from experiments.summary_page import summary
 from experiments.training_page import sections
 
@@ -74,7 +74,7 @@ prefixes) on MiniLM, because PEFT's classifiers pool one of them; aLoRA on MiniL
 
 def write(folder: Path = FOLDER, page: Path = PAGE) -> None:
     """Write the page from the cells in a folder."""
-    page.write_text(text(folder), encoding="utf-8", newline="\n")
+    replace(page, text(folder).encode())
 
 
 def text(folder: Path = FOLDER) -> str:

@@ -5,6 +5,7 @@ Each is written twice, for light and for dark pages, as SVG with the same bytes 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from experiments.cells import ROOT
 from experiments.claims_plan import FEW, LOW_DATA, few
 from experiments.placing import spread
 from experiments.rows import Table, Trained
-from experiments.store import FOLDER
+from experiments.store import FOLDER, replace
 from experiments.tasks import VALIDATION
 from experiments.training_plans import ALONE, FLOOR, FLOORS, LADDER, REPEATED, SEEDS, encoder_settings
 
@@ -206,9 +207,10 @@ def draw(folder: Path = FOLDER, to: Path = PICTURES) -> list[Path]:
         for theme, colours in THEMES.items():
             with _axes(colours) as (figure, axes):
                 if picture.draw(axes, colours, folder):
-                    to.mkdir(parents=True, exist_ok=True)
-                    path = to / f"{name}-{theme}.svg"
-                    figure.savefig(path, metadata={"Date": None, "Title": picture.title}, transparent=True)
+                    content, path = io.BytesIO(), to / f"{name}-{theme}.svg"
+                    named = {"Date": None, "Title": picture.title}
+                    figure.savefig(content, format="svg", metadata=named, transparent=True)
+                    replace(path, content.getvalue())
                     written.append(path)
     return written
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -155,7 +154,7 @@ class Table:
     def __init__(self, setting: Repeated, rows: Rows, folder: Path = FOLDER) -> None:
         self._setting, self._store, self.planned = setting, Store(setting.part, folder), len(rows)
         self.repeated = sum(rows.values())
-        self._times = {digest: json.loads(line) for digest, line in self._store.time_lines().items()}
+        self._times = self._store.times_of()
         trained = (self._trained(row, repeated) for row, repeated in rows.items())
         self.rows = {own.row.name: own for own in trained if own is not None}
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import sys
 import threading
 import time
@@ -22,14 +23,18 @@ Outcome = tuple[dict[str, Any], dict[str, Any]]
 """The figures of a cell, and its times."""
 
 
-def run(part: Part, *, only: str | None = None, jobs: int = 1, folder: Path = FOLDER) -> int:
+def run(part: Part, *, only: str | None = None, jobs: int = 1, folder: Path = FOLDER, prune: bool = False) -> int:
     """Compute and store the cells of a part that are missing, and return how many failed.
 
     Args:
-        part: the part; stored cells that it does not plan are dropped at the end.
+        part: the part.
         only: a regular expression; other cells are not computed, and keep what is stored.
         jobs: number of processes, each with one thread.
         folder: where the files are.
+        prune: whether stored cells that the part does not plan are dropped at the end.
+
+    Raises:
+        StoreError: if a file is damaged.
     """
     store = Store(part.name, folder)
     store.mend()
@@ -51,7 +56,9 @@ def run(part: Part, *, only: str | None = None, jobs: int = 1, folder: Path = FO
             current.add(record := Record(cell, current.sources(cell), figures))
             store.add(record, times)
             _tell(f"[{number}/{len(missing)}] {cell}: {times['seconds']} s")
-    store.tidy([current.digest(cell) for cell in planned])
+    others = store.tidy([(cell, current.digest(cell)) for cell in planned], prune)
+    if others:
+        _tell(f"{part.name}: {others} other cells are {'dropped' if prune else 'stored too; --prune drops them'}")
     return len(failed)
 
 
@@ -92,14 +99,18 @@ def _outcomes(part: Part, cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Ce
     context = multiprocessing.get_context("spawn")
     # A process for each cell: what an earlier one left would count as memory of the next.
     options: dict[str, Any] = {"max_tasks_per_child": 1, "initializer": _end_with_the_parent}
-    with ProcessPoolExecutor(jobs, mp_context=context, **options) as pool:
+    pool = ProcessPoolExecutor(jobs, mp_context=context, **options)
+    try:
         waiting = {pool.submit(measured, part.compute, cell, own_process=True): cell for cell in cells}
         for future in as_completed(waiting):
             yield waiting[future], _attempt(future.result)
+    finally:  # whoever interrupts a run does not wait for cells that nobody would store
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _end_with_the_parent() -> None:
-    """End this process as soon as the run that started it is killed, rather than compute cells that nobody stores."""
+    """End this process as soon as the run that started it ends, rather than compute cells that nobody stores."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the run tells
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -5,16 +5,18 @@ A line is appended as soon as its cell is complete, so that a killed run loses t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.cells import Cell, Sources, canonical
 
 FOLDER = Path(__file__).parent / "cells"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,32 @@ class Record:
     def line(self) -> str:
         """Return the record as a line of a file."""
         sources = {"code": self.sources.code, "data": self.sources.data, "versions": dict(self.sources.versions)}
-        content = {"digest": self.digest, "cell": self.cell.to_json(), **sources, "figures": dict(self.figures)}
-        return canonical(content) + "\n"
+        return sealed({"digest": self.digest, "cell": self.cell.to_json(), **sources, "figures": dict(self.figures)})
+
+
+class StoreError(ValueError):
+    """A file of cells, or a line of it, that cannot be used; the message begins with the file."""
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """Return a line with a checksum of its content, which shows what was damaged or written by hand."""
+    return canonical({**content, "check": _checksum(content)}) + "\n"
+
+
+def unsealed(line: str) -> dict[str, Any]:
+    """Return the content of a line.
+
+    Raises:
+        ValueError: if the line is not JSON, or its content does not have its checksum.
+    """
+    content = json.loads(line)
+    if not isinstance(content, dict) or content.pop("check", None) != _checksum(content):
+        raise ValueError("the line does not have the checksum of its content")
+    return content
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(content).encode()).hexdigest()[:16]
 
 
 def record_of(line: str) -> Record:
@@ -49,7 +75,7 @@ def record_of(line: str) -> Record:
     Raises:
         ValueError: if the line is damaged, or its digest is not that of its content.
     """
-    data = json.loads(line)
+    data = unsealed(line)
     try:
         sources = Sources(data["code"], data["data"], data["versions"])
         record = Record(Cell(**data["cell"]), sources, data["figures"])
@@ -69,8 +95,12 @@ class Store:
         self._by_cell: dict[str, Record] | None = None
 
     def records(self) -> dict[str, Record]:
-        """Return the records by their digests. A last line without an end is left out."""
-        return {record.digest: record for record in map(record_of, whole_lines(self.path))}
+        """Return the records by their digests. A last line without an end is left out.
+
+        Raises:
+            StoreError: if the file or a line of it is damaged.
+        """
+        return {record.digest: record for record in _read(self.path, record_of)}
 
     def record(self, cell: Cell) -> Record | None:
         """Return the record of a cell, whatever it was computed from; None if there is none. The file is read once."""
@@ -83,40 +113,58 @@ class Store:
         record = self.record(cell)
         return None if record is None else record.figures
 
-    def time_lines(self) -> dict[str, str]:
-        """Return the lines of the file of times by the digests of their cells."""
-        return {json.loads(line)["digest"]: line for line in whole_lines(self.times)}
+    def times_of(self) -> dict[str, dict[str, Any]]:
+        """Return the times by the digests of their cells. Errors as for `records`."""
+        return {times["digest"]: times for times in _read(self.times, unsealed)}
 
     def mend(self) -> None:
         """Remove the incomplete last line that a killed run leaves."""
         for path in (self.path, self.times):
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-            if text and not text.endswith("\n"):
-                replace(path, text[: text.rfind("\n") + 1])
+            content = path.read_bytes() if path.is_file() else b""
+            if content and not content.endswith(b"\n"):
+                replace(path, content[: content.rfind(b"\n") + 1])
 
     def add(self, record: Record, times: Mapping[str, Any]) -> None:
         """Append a record and its times, and wait until they are on the disk."""
-        append(self.times, canonical({"digest": record.digest, **times}) + "\n")
+        append(self.times, sealed({"digest": record.digest, **times}))
         append(self.path, record.line())
 
-    def tidy(self, planned: Sequence[str]) -> None:
-        """Put the records into the order of the plan, and drop those that it does not contain.
+    def tidy(self, planned: Sequence[tuple[Cell, str]], prune: bool = False) -> int:
+        """Put the records into the order of the plan, and return how many records are not in the plan.
+
+        A record that its code, data and versions no longer give is dropped once the cell has been computed again.
 
         Args:
-            planned: the digests of the plan's cells, in order.
+            planned: the plan's cells with their digests, in order.
+            prune: whether to drop the records of cells that are not in the plan; by default they come last.
         """
-        records = self.records()
-        computed = [digest for digest in dict.fromkeys(planned) if digest in records]
-        times = self.time_lines()
-        replace(self.path, "".join(records[digest].line() for digest in computed))
-        replace(self.times, "".join(times[digest] for digest in computed if digest in times))
+        waiting: dict[str, list[Record]] = {}
+        for record in self.records().values():
+            waiting.setdefault(canonical(record.cell.to_json()), []).append(record)
+        kept: list[Record] = []
+        for cell, digest in planned:
+            own = waiting.pop(canonical(cell.to_json()), [])
+            kept += [record for record in own if record.digest == digest] or own
+        others = [record for own in waiting.values() for record in own]
+        kept += [] if prune else others
+        times = self.times_of()
+        replace(self.path, "".join(record.line() for record in kept).encode())
+        timed = (times[record.digest] for record in kept if record.digest in times)
+        replace(self.times, "".join(map(sealed, timed)).encode())
+        return len(others)
 
 
-def whole_lines(path: Path) -> Iterator[str]:
-    """Yield the complete lines of a file; nothing if the file does not exist."""
-    if path.exists():
-        with path.open(encoding="utf-8", newline="\n") as lines:
-            yield from (line for line in lines if line.endswith("\n"))
+def _read(path: Path, read: Callable[[str], T]) -> Iterator[T]:
+    """Yield what a function reads from each complete line of a file; nothing if there is no file."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield read(line.decode())
+        except ValueError as error:
+            raise StoreError(f"{path}:{number}: {error}") from None
 
 
 def append(path: Path, line: str) -> None:
@@ -128,12 +176,15 @@ def append(path: Path, line: str) -> None:
         os.fsync(file.fileno())
 
 
-def replace(path: Path, text: str) -> None:
-    """Replace the content of a file at once."""
+def replace(path: Path, content: bytes) -> None:
+    """Replace the content of a file at once: whoever reads it, or stops this, finds the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_suffix(".staged")
-    with staged.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    try:
+        with staged.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)

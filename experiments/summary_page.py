@@ -51,6 +51,7 @@ def summary(folder: Path = FOLDER) -> Iterator[str]:
     if some[0].rows:
         yield f"| What does it cost? | {_costs(some)} | see the columns below |"
     yield f"| What is not known? | {_unknown(some)} | |\n"
+    yield "```\npython -m experiments page\n```\n"
 
 
 def _answer(table: Table) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +29,7 @@ def section(folder: Path = FOLDER) -> Iterator[str]:
     if total:
         yield f"| all | {len(total)} | {sum(total) / 3600:.1f} | {max(total) / 60:.1f} min |"
     yield ""
+    yield "```\npython -m experiments page\n```\n"
     if total:
         yield f"`make results`, two cells at a time, takes about {sum(total) / 7200:.0f} hours from scratch.\n"
 
@@ -37,5 +37,5 @@ def section(folder: Path = FOLDER) -> Iterator[str]:
 def times(part: str, folder: Path = FOLDER) -> list[float]:
     """Return the seconds that the stored cells of a part took."""
     store = Store(part, folder)
-    lines = store.time_lines()
-    return [float(json.loads(lines[digest])["seconds"]) for digest in store.records() if digest in lines]
+    own = store.times_of()
+    return [float(own[digest]["seconds"]) for digest in store.records() if digest in own]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import store
+from experiments.__main__ import ended_by
 from experiments.cells import Cell, Known, Part
 from experiments.running import run
 
@@ -67,6 +68,9 @@ def _half_lines_after(count: int) -> Callable[[Path, str], None]:
 
 
 def main(folder: str, point: str) -> None:
+    word, _, jobs = point.partition(" ")
+    if word == "interrupted":
+        ended_by(lambda: run(part(), jobs=int(jobs), folder=Path(folder)))
     if point == "waiting":
         run(part(), jobs=2, folder=Path(folder))
     elif point in _NUMBERS:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 from experiments import cells
 from experiments.cells import Cell, Part, Sources, code_digest, code_of, data_digest, modules_of, sources_of
 from experiments.running import run
-from experiments.store import Record, Store, record_of
+from experiments.store import Record, Store, StoreError, record_of, sealed
 from tests.experiments.fakes import COUNT, POINTS, fixed, nothing, part
 from tests.kit.places import ROOT
 
@@ -168,12 +170,31 @@ def is_alive(number: int) -> bool:
     return state != "Z"
 
 
-def test_cells_that_are_not_planned_are_dropped(tmp_path: Path) -> None:
-    """They stay while others are selected, as far as they are planned."""
+def names_in(folder: Path) -> list[str]:
+    return [record.cell.name for record in Store("fake", folder).records().values()]
+
+
+def test_cells_that_are_not_planned_stay_unless_they_are_pruned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run with other settings, such as the quick ones, in the folder of long runs must not delete these."""
     finished(tmp_path)
     assert run(part(4), only="fake/none/float32/1/", folder=tmp_path) == 0
-    records = Store("fake", tmp_path).records().values()
-    assert [record.cell.name for record in records] == ["0", "1", "2", "3"]
+    assert names_in(tmp_path) == ["0", "1", "2", "3", "4", "5"]
+    assert "2 other cells are stored too; --prune drops them" in capsys.readouterr().err
+    assert run(part(4), folder=tmp_path, prune=True) == 0
+    assert names_in(tmp_path) == ["0", "1", "2", "3"]
+
+
+def test_stale_cells_stay_until_they_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run for some cells after a change of the code drops nothing of the others."""
+    finished(tmp_path)
+    monkeypatch.setattr("experiments.cells.code_digest", lambda *_: "another")
+    assert run(part(), only="fake/none/float32/1/", folder=tmp_path) == 0
+    assert names_in(tmp_path) == [str(number) for number in range(COUNT)]
+    codes = [record.sources.code for record in Store("fake", tmp_path).records().values()]
+    assert [number for number, code in enumerate(codes) if code == "another"] == [1]
+    assert len(Store("fake", tmp_path).times_of()) == COUNT
 
 
 def test_a_cell_that_fails_does_not_stop_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,14 +206,37 @@ def test_a_cell_that_fails_does_not_stop_others(tmp_path: Path, monkeypatch: pyt
 
 
 def test_damaged_lines_are_refused(tmp_path: Path) -> None:
-    """A line whose content does not have its digest was written by hand."""
+    """A line whose content does not have its checksum, or its digest, was written by hand."""
     record = Record(CELL, SOURCES, {"value": 1.5})
     assert record_of(record.line()) == record
-    changed = {**json.loads(record.line()), "data": "other"}
+    content = json.loads(record.line())
+    for changed in ({"data": "other"}, {"figures": {"value": 1.25}}, {"figures": {"value": math.nan}}, {"check": 1}):
+        with pytest.raises(ValueError, match="checksum"):
+            record_of(json.dumps({**content, **changed}))
+    del content["check"]
     with pytest.raises(ValueError, match="does not have the digest"):
-        record_of(json.dumps(changed))
+        record_of(sealed({**content, "data": "other"}))
     with pytest.raises(ValueError, match="not a record"):
-        record_of("{}")
+        record_of(sealed({}))
+
+
+@pytest.mark.parametrize("damage", [b"{\n", b"[]\n", b"\xff\n", b"\n", b"{}\n"])
+def test_a_damaged_file_is_named_with_its_line(damage: bytes, tmp_path: Path) -> None:
+    finished(tmp_path)
+    for name in ("fake.jsonl", "fake.times.jsonl"):
+        path = tmp_path / name
+        own = path.read_bytes()
+        first, *rest = own.splitlines(keepends=True)
+        path.write_bytes(b"".join([first, damage, *rest]))
+        with pytest.raises(StoreError, match=re.escape(f"{path}:2: ")):
+            run(part(), folder=tmp_path)
+        path.write_bytes(own)
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "fake.jsonl").mkdir()
+    with pytest.raises(StoreError, match=r"fake\.jsonl: Is a directory"):
+        Store("fake", tmp_path).records()
 
 
 def test_the_sources_of_a_real_method_are_its_modules() -> None:

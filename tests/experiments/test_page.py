@@ -7,25 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cells import code_digest
 from experiments.environments import installed
 from experiments.page import PAGE, figure, text
 from experiments.plans import parts
-from experiments.store import Record, Store
+from experiments.staleness import stale
+from experiments.store import Record, Store, sealed
 from experiments.times_page import section, times
-
-
-def stale(records: list[Record]) -> list[str]:
-    """Return a line for each record whose code has changed, or whose cell is not planned any more."""
-    lines, every = [], parts()
-    planned = {name: part.plan(Store(name).known) for name, part in every.items()}
-    for record in records:
-        part = every[record.cell.part]
-        if record.cell not in planned[part.name]:
-            lines.append(f"{record.cell}: not planned any more")
-        elif record.sources.code != code_digest(part, record.cell):
-            lines.append(f"{record.cell}: its method's modules, or those of the experiment, have changed")
-    return lines
 
 
 def test_the_page_shows_the_stored_cells() -> None:
@@ -36,10 +23,10 @@ def test_the_page_shows_the_stored_cells() -> None:
 
 
 def test_no_figure_is_stale() -> None:
-    """A new version of a library alone makes no cell stale: its figures are those of the versions in its record."""
+    """Every figure of the page is one that the code of today would compute."""
     records = [record for name in parts() for record in Store(name).records().values()]
     old = stale(records)
-    again = "run `python -m experiments parity --only NAME`, then `python -m experiments page`"
+    again = "run `python -m experiments PART --only NAME --prune`, then `python -m experiments page`"
     assert records and not old, "\n".join([f"{len(old)} figures of docs/results.md are out of date; {again}:", *old])
 
 
@@ -67,7 +54,7 @@ def test_the_time_of_a_part_is_that_of_its_cells(tmp_path: Path) -> None:
     assert not times("tasks", tmp_path) and "| all |" not in "\n".join(section(tmp_path))
     store, own = Store("tasks", tmp_path), next(iter(Store("tasks").records().values()))
     store.add(own, {"seconds": 5400.0})
-    store.times.write_text(store.times.read_text() + '{"digest":"of a cell that is gone","seconds":1}\n')
+    store.times.write_text(store.times.read_text() + sealed({"digest": "of a cell that is gone", "seconds": 1}))
     assert times("tasks", tmp_path) == [5400.0]
     assert "| tasks | 1 | 1.5 | 90.0 min |" in "\n".join(section(tmp_path))
 
