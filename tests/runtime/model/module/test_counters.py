@@ -67,7 +67,10 @@ def test_operators_are_counted(adapted_model: Any) -> None:
         adapted_model(IDS)
     with FlopCounterMode(display=False) as theirs:
         adapted_model.compilation.model(IDS)
-    assert ours.get_total_flops() == theirs.get_total_flops() > 0
+    # Before transformers 5.15, the angles of rotary positions are a product of matrices, which graphs compute entry by
+    # entry (`graftc.compat.autocast`): per position, one multiplication and one addition for each pair of a head.
+    angles = IDS.shape[1] * getattr(adapted_model.config, "head_dim", 0)
+    assert theirs.get_total_flops() - ours.get_total_flops() in (0, angles) and ours.get_total_flops() > 0
     with warnings.catch_warnings():
         warnings.simplefilter("error", graftc.GraftWarning)
         with FlopCounterMode(display=False) as adapted:
