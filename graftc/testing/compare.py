@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,12 +40,18 @@ def inputs_for(
 
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Return every floating-point output of a call in eval mode without gradients; the training flag is restored."""
+    """Return every floating-point output of a call in eval mode without gradients; the training flag is restored.
+
+    A model of transformers is called without its cache, as graphs are: the T5 of transformers 5.13 rounds differently
+    with one.
+    """
     training = model.training
+    cached = getattr(getattr(model, "config", None), "use_cache", False)
+    takes = cached and "use_cache" in inspect.signature(model.forward).parameters
     model.eval()
     try:
         with torch.no_grad():
-            leaves = flat(model(**inputs))
+            leaves = flat(model(**{**({"use_cache": False} if takes else {}), **inputs}))
     finally:
         if model.training != training:
             model.train(training)
