@@ -90,7 +90,7 @@ class Store:
     """The files of a part in a folder: ``<part>.jsonl`` and ``<part>.times.jsonl``."""
 
     def __init__(self, part: str, folder: Path = FOLDER) -> None:
-        self.path = folder / f"{part}.jsonl"
+        self.part, self.path = part, folder / f"{part}.jsonl"
         self.times = folder / f"{part}.times.jsonl"
         self._by_cell: dict[str, Record] | None = None
 
@@ -100,7 +100,13 @@ class Store:
         Raises:
             StoreError: if the file or a line of it is damaged.
         """
-        return {record.digest: record for record in _read(self.path, record_of)}
+        return {record.digest: record for record in _read(self.path, self._own)}
+
+    def _own(self, line: str) -> Record:
+        record = record_of(line)
+        if record.cell.part != self.part:
+            raise ValueError(f"{record.cell} is a cell of another part")
+        return record
 
     def record(self, cell: Cell) -> Record | None:
         """Return the record of a cell, whatever it was computed from; None if there is none. The file is read once."""

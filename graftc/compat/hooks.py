@@ -5,7 +5,8 @@ torch lets code register hooks, but has no public way to list them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.modules.module as torch_module
@@ -57,6 +58,19 @@ def global_hooks() -> dict[str, dict[int, Any]]:
     """Return the tables of global hooks, which apply to all modules, by names such as ``global_forward_hooks``."""
     tables = vars(torch_module).items()
     return {name.strip("_"): table for name, table in tables if name.startswith("_global_") and name.endswith("_hooks")}
+
+
+@contextmanager
+def none_left_behind() -> Iterator[None]:
+    """Remove the hooks on all modules that torch 2.11 leaves behind when an export in the block fails."""
+    registered = global_hooks()["global_buffer_registration_hooks"]
+    known = set(registered)
+    try:
+        yield
+    finally:
+        for number in registered.keys() - known:
+            if str(getattr(registered[number], "__module__", "")).startswith("torch._functorch."):
+                del registered[number]
 
 
 def has_global_hooks() -> bool:

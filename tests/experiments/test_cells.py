@@ -233,6 +233,13 @@ def test_a_damaged_file_is_named_with_its_line(damage: bytes, tmp_path: Path) ->
         path.write_bytes(own)
 
 
+def test_a_file_of_another_part_is_refused(tmp_path: Path) -> None:
+    finished(tmp_path)
+    (tmp_path / "fake.jsonl").rename(tmp_path / "parity.jsonl")
+    with pytest.raises(StoreError, match=r"parity\.jsonl:1: fake/none/float32/0/\S* is a cell of another part"):
+        Store("parity", tmp_path).records()
+
+
 def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "fake.jsonl").mkdir()
     with pytest.raises(StoreError, match=r"fake\.jsonl: Is a directory"):

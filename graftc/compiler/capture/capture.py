@@ -26,6 +26,7 @@ from graftc.compat import pytree
 from graftc.compat.autocast import regions_without_autocast
 from graftc.compat.dynamo import without_call_cache
 from graftc.compat.graphs import OUTSIDE_MODULES
+from graftc.compat.hooks import none_left_behind
 from graftc.compat.operators import HigherOrderOperator
 from graftc.compat.transformers import export_patches
 from graftc.compiler.capture.alike.repeats import Repeats, traced_once
@@ -165,11 +166,7 @@ def _captured(request: CaptureRequest, *, alike: bool, hide: bool) -> Capture | 
 
 
 def _export(
-    model: nn.Module,
-    axes: Sequence[Axis],
-    inputs: Mapping[str, torch.Tensor],
-    repeats: Repeats,
-    asserted: list[str],
+    model: nn.Module, axes: Sequence[Axis], inputs: Mapping[str, torch.Tensor], repeats: Repeats, asserted: list[str]
 ) -> tuple[torch.export.ExportedProgram, InputSizes]:
     """Export with every axis as dynamic as possible; repeat with fixed sizes for axes that turn out to be bound."""
     auto, hidden = torch.export.Dim.AUTO, repeats.hidden
@@ -194,6 +191,7 @@ def _export(
             noted(asserted),
             # torch prints the graph of a failed capture, and also logs and warns; the error states it in one line.
             quiet(["torch"], logging.CRITICAL),
+            none_left_behind(),
             untold,
         ):
             exported = torch.export.export(model, (), given, strict=False, dynamic_shapes=shapes)

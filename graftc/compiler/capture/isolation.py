@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from graftc.compat.hooks import global_hooks
+from graftc.compat.hooks import global_hooks, none_left_behind
 from graftc.compat.modes import no_function_modes, no_modes
 from graftc.passes.core.weights.source_lock import source_lock
 
@@ -47,7 +47,7 @@ def exclusive() -> Iterator[None]:
 
     Global module hooks, which operator counters and profilers use, run only for calls in other threads, if at all.
     """
-    with source_lock(), isolated(), _no_global_hooks():
+    with source_lock(), isolated(), _no_global_hooks(), none_left_behind():
         yield
 
 
@@ -94,12 +94,9 @@ class _OfOthers:
 def _no_global_hooks() -> Iterator[None]:
     """Suspend global module hooks while the block runs: forward hooks in this thread, backward hooks in all threads.
 
-    A backward hook changes the recorded operators by its mere presence. Hooks that torch 2.11 leaves behind when an
-    export fails are removed.
+    A backward hook changes the recorded operators by its mere presence.
     """
     tables = global_hooks()
-    registered = tables["global_buffer_registration_hooks"]
-    known = set(registered)
     forward = (tables["global_forward_pre_hooks"], tables["global_forward_hooks"])
     backward = (tables["global_backward_pre_hooks"], tables["global_backward_hooks"])
     before: list[dict[int, Any]] = [dict(table) for table in (*forward, *backward)]
@@ -114,9 +111,6 @@ def _no_global_hooks() -> Iterator[None]:
             table.update({number: hook for number, hook in hooks.items() if number in table})
         for table, hooks in zip(backward, before[2:], strict=True):
             table.update(hooks)
-        for number in registered.keys() - known:
-            if str(getattr(registered[number], "__module__", "")).startswith("torch._functorch."):
-                del registered[number]
 
 
 def unheard(hook: Any) -> bool:
