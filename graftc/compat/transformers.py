@@ -157,6 +157,9 @@ def saves_all_keys(cls: type[T]) -> type[T]:
 
 
 def takes_tokens_back(cls: type[T]) -> type[T]:
-    """Decorate a model's class to declare that its cache can be cropped, which assisted generation requires."""
+    """Decorate a model's class to declare that its cache can be cropped, which assisted generation requires.
+
+    Since 5.25, transformers asks the cache instead.
+    """
     cls._is_stateful = False  # type: ignore[attr-defined]
     return cls

@@ -15,19 +15,27 @@ PROBES: dict[str, Probe] = {}
 SINCE: dict[Probe, tuple[str, str]] = {}
 """The library and release that first had what a probe looks for, if graftc supports earlier ones without it."""
 
+UNTIL: dict[Probe, tuple[str, str]] = {}
+"""The library and release that first did without what a probe looks for."""
 
-def covers(*names: str, since: tuple[str, str] | None = None) -> Callable[[Probe], Probe]:
+
+def covers(
+    *names: str, since: tuple[str, str] | None = None, until: tuple[str, str] | None = None
+) -> Callable[[Probe], Probe]:
     """Return a decorator that enters a probe of these names into the table.
 
     Args:
         names: private names.
         since: the library and release that first had them, if graftc does without them where they are not there.
+        until: the library and release that first did without them, if graftc supports that one as well.
     """
 
     def register(probe: Probe) -> Probe:
         PROBES.update(dict.fromkeys(names, probe))
         if since is not None:
             SINCE[probe] = since
+        if until is not None:
+            UNTIL[probe] = until
         return probe
 
     return register

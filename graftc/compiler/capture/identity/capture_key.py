@@ -237,6 +237,10 @@ class _Walk:
     def module(self, path: str, module: nn.Module) -> list[Any]:
         if self._paths[id(module)] != path:
             return [path, "is", self._paths[id(module)]]
+        return [path, *self._contents(module, path, strict=True)]
+
+    def _contents(self, module: nn.Module, path: str, *, strict: bool) -> list[Any]:
+        """Return a module's class, the names of its submodules, its attributes and its buffers without checkpoints."""
         attributes = vars(module)
         for table in (*FORWARD, *BACKWARD):
             for hook in attributes[table].values():
@@ -250,19 +254,24 @@ class _Walk:
             if name not in _MODULE and any(isinstance(value, _METHODS) for value in known.get(name, ())):
                 raise UnknownHoldingError(_join(path, name), "replaces a method of the class")
         values = [
-            [name, self._value(attributes[name], _join(path, name), strict=True)]
+            [name, self._value(attributes[name], _join(path, name), strict=strict)]
             for name in sorted(attributes.keys() - _MODULE - ABOUT_ORIGIN)
         ]
-        return [path, number, list(children_of(module)), values, sorted(transient_of(module))]
+        return [number, list(children_of(module)), values, sorted(transient_of(module))]
+
+    def _outside(self, module: nn.Module, where: str, strict: bool) -> Any:
+        """Return a module that is not in the model's tree, such as transformers' wrappers of functions."""
+        if any(True for _ in (*module.parameters(), *module.buffers())):
+            return self._opaque(module, where, "a module outside of the tree", strict)
+        inner = [[name, self._value(child, where, strict=strict)] for name, child in children_of(module).items()]
+        return ["outside", module.training, *self._contents(module, where, strict=strict), inner]
 
     def _value(self, value: Any, where: str, *, strict: bool) -> Any:
         """Return a value as JSON data; for one that cannot be serialised, raise if ``strict``, else return its type."""
         if type(value) in _PLAIN:
             return [type(value).__name__, repr(value)]
-        if isinstance(value, nn.Module):
-            if id(value) in self._paths:
-                return ["module", self._paths[id(value)]]
-            return self._opaque(value, where, "a module outside of the tree", strict)
+        if isinstance(value, nn.Module) and id(value) in self._paths:
+            return ["module", self._paths[id(value)]]
         if isinstance(value, torch.Tensor):
             return self._tensor(value, where, strict)
         if isinstance(value, types.FunctionType):
@@ -287,6 +296,8 @@ class _Walk:
             return self._value(part, where + name, strict=strict)
 
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        if isinstance(value, nn.Module):
+            return self._outside(value, where, strict)
         if isinstance(value, enum.Enum):
             return [kind, value.name, inner(value.value)]
         if isinstance(value, _NAMED):
