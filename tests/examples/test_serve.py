@@ -5,7 +5,6 @@ FastAPI is not among graftc's requirements. Where it is not installed, a stand-i
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import inspect
 import sys
@@ -19,6 +18,7 @@ import torch
 
 import graftc
 from graftc.testing import tiny
+from tests.kit.coroutines import result_of
 from tests.kit.places import EXAMPLES
 from tests.kit.serving import adapter_folders
 
@@ -43,7 +43,7 @@ class _App:
         """Return the status and the contents of an answer."""
         try:
             answer = self.endpoints[path](*given)
-            return 200, asyncio.run(answer) if inspect.iscoroutine(answer) else answer
+            return 200, result_of(answer) if inspect.iscoroutine(answer) else answer
         except _HTTPError as error:
             return error.status_code, {"detail": error.detail}
 
