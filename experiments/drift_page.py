@@ -37,12 +37,12 @@ Pair = Mapping[str, Record]
 
 def section(folder: Path = FOLDER) -> Iterator[str]:
     """Yield the section."""
-    ages = environments()
+    store = Store("drift", folder)
+    ages = _environments(store)
     yield "## Drift\n"
     shown = (f"{age} ({', '.join(f'{n} {v}' for n, v in own.items())})" for age, own in ages.items())
     yield _HEAD.format(environments=" and ".join(shown))
-    store = Store("drift", folder)
-    rows = {name: tuple(_pair(store, own) for own in pair) for name, pair in _cells().items()}
+    rows = {name: tuple(_pair(store, own, ages) for own in pair) for name, pair in _cells().items()}
     complete = {name: pairs for name, pairs in rows.items() if all(len(pair) == len(ages) for pair in pairs)}
     if complete:
         names = [name for figure in _FIGURES for name in (f"{figure}, oldest", "newest")]
@@ -60,8 +60,18 @@ def _cells() -> dict[str, tuple[Cell, Cell]]:
     return dict(zip(METHODS, zip(compared(), trained(), strict=True), strict=True))
 
 
-def _pair(store: Store, own: Cell) -> Pair:
-    records = {age: store.record(cell_in(own, age, versions)) for age, versions in environments().items()}
+def _environments(store: Store) -> dict[str, dict[str, str]]:
+    """Return the versions of each environment; the newest ones are those that the last stored cell was computed with."""
+    ages = environments()
+    for record in store.records().values():
+        if "/newest/" in record.cell.name:
+            versions = record.cell.settings["environment"]
+            ages["newest"] = {name: versions[name] for name in ages["oldest"]}
+    return ages
+
+
+def _pair(store: Store, own: Cell, ages: Mapping[str, Mapping[str, str]]) -> Pair:
+    records = {age: store.record(cell_in(own, age, versions)) for age, versions in ages.items()}
     return {age: record for age, record in records.items() if record is not None}
 
 

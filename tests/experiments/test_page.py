@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from experiments.environments import installed
 from experiments.page import PAGE, figure, text
 from experiments.plans import parts
 from experiments.staleness import stale
@@ -16,10 +15,13 @@ from experiments.times_page import section, times
 
 
 def test_the_page_shows_the_stored_cells() -> None:
-    page, own = PAGE.read_text(encoding="utf-8"), installed(("transformers", "peft"))
-    if f"{', '.join(f'{name} {version}' for name, version in own.items())}). All other packages" not in page:
-        pytest.skip(f"the page was written with other versions than {own}")
-    assert page == text(), "run `python -m experiments page`"
+    assert PAGE.read_text(encoding="utf-8") == text(), "run `python -m experiments page`"
+
+
+def test_the_page_names_the_versions_of_the_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new release changes no figure, so that the page says the same."""
+    monkeypatch.setattr("experiments.drift_plan.installed", lambda names: dict.fromkeys(names, "99.0.0"))
+    assert PAGE.read_text(encoding="utf-8") == text()
 
 
 def test_no_figure_is_stale() -> None:
