@@ -61,7 +61,7 @@ def _cells() -> dict[str, tuple[Cell, Cell]]:
 
 
 def _environments(store: Store) -> dict[str, dict[str, str]]:
-    """Return the versions of each environment; the newest ones are those that the last stored cell was computed with."""
+    """Return the versions of each environment. The newest are those that the last stored cell was computed with."""
     ages = environments()
     for record in store.records().values():
         if "/newest/" in record.cell.name:

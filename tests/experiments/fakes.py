@@ -70,6 +70,8 @@ def _half_lines_after(count: int) -> Callable[[Path, str], None]:
 def main(folder: str, point: str) -> None:
     word, _, jobs = point.partition(" ")
     if word == "interrupted":
+        # A shell starts what it runs in the background with SIGINT ignored, which children inherit.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         ended_by(lambda: run(part(), jobs=int(jobs), folder=Path(folder)))
     if point == "waiting":
         run(part(), jobs=2, folder=Path(folder))

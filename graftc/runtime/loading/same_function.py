@@ -6,11 +6,15 @@ from graftc.compiler.capture.anchor import anchor
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.elements.calls import elements_in
+from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.runtime.artifact.origin import are_installed
 from graftc.runtime.artifact.read import Artifact
 from graftc.specs.errors.diagnostics import GraftError, warn
 
-_GRAPH = "base.eval"
+_GRAPHS = ("tokens.eval", "tokens.train", "base.eval")
+"""The graphs that may hold the base's own function, best first. Virtual tokens leave room for themselves in
+`base.eval`, and keep the model as it was captured in a graph of its own: in train mode where eval mode can be derived
+from it."""
 
 
 def require_same_function(artifact: Artifact, compilation: Compilation) -> None:
@@ -29,13 +33,12 @@ def require_same_function(artifact: Artifact, compilation: Compilation) -> None:
     manifest, current = artifact.manifest, compilation.main
     written = manifest.signatures[0]
     keys = [capture.key for capture in current.captures]
-    if (
-        _GRAPH not in written.graphs
-        or elements_in(written.flags)
-        or (all(keys) and keys == [c.key for c in written.captures])
-    ):
+    graph = next((name for name in _GRAPHS if name in written.graphs), None)
+    if graph is None or elements_in(written.flags) or (all(keys) and keys == [c.key for c in written.captures]):
         return
-    program = artifact.graph(_GRAPH)
+    program = artifact.graph(graph)
+    if program.mode == "train":
+        program = to_eval(program)
     request = CaptureRequest.served_by(program, compilation.model, current.axes, compilation.store.aliases)
     differing = anchor(request, program, artifact.constants()).differing
     if not differing:

@@ -37,7 +37,7 @@ def load(name: str, loaded: dict[str, Compiled]) -> Compiled:
 
 
 @pytest.mark.slow
-@pytest.mark.sample("bank_bert", "lora_head_bert")
+@pytest.mark.sample("bank_bert", "lora_head_bert", "prompt_bert")
 @pytest.mark.parametrize("name", STORED)
 def test_outputs_are_what_they_were(name: str, loaded: dict[str, Compiled]) -> None:
     """Outputs agree within `TOLERANCE`, and those of the base do not."""

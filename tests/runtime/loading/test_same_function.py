@@ -106,3 +106,23 @@ def test_an_artifact_of_a_changed_model_needs_the_change(tmp_path: Path) -> None
         graftc.load(path)
     loaded: Any = graftc.load(path, model).eval()
     torch.testing.assert_close(loaded(IDS).logits, compiled(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("method", "family"), [("prompt", "bert"), ("prompt", "llama"), ("prompt", "t5"), ("prefix", "llama")]
+)
+def test_the_base_of_virtual_tokens_is_compared_as_well(method: str, family: str, tmp_path: Path) -> None:
+    """A graph that has room for virtual tokens is not the base's own function, and is not compared with it."""
+    model: Any = tiny(family).eval()
+    compiled: Any = graftc.compile({"adapt": [{"method": method, "length": 3}]}, model)
+    perturb(compiled)
+    path = compiled.save(tmp_path / "artifact")
+    norm = next(module for name, module in model.named_modules() if name.lower().endswith("norm"))
+    unchanged = norm.register_forward_hook(lambda module, args, output: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GraftWarning)
+        graftc.load(path, model)
+    unchanged.remove()
+    norm.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(GraftError, match=r"GC087: .* which computes something else"):
+        graftc.load(path, model)
