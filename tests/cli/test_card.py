@@ -98,6 +98,23 @@ def test_it_says_what_inspecting_says(capsys: pytest.CaptureFixture[str]) -> Non
     assert "The certificate of that fold passed:" in text and "`attention`, `inner` can be folded" in text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stated", "shown", "hidden"),
+    [
+        ({"method": "lora", "target": {"role": "attn.q"}}, ["rank: 8", "alpha: 16.0"], ["freeze_a", "target"]),
+        ({"method": "lora", "rank": 8, "alpha": 4, "target": {"role": "attn.q"}}, ["rank: 8"], ["alpha"]),
+        ({"method": "pfeiffer", "reduction": 4}, ["activation: relu"], ["reduction", "bottleneck"]),
+    ],
+    ids=["nothing stated", "a default stated", "another size stated"],
+)
+def test_it_states_the_defaults_that_the_spec_omits(stated: Any, shown: list[str], hidden: list[str]) -> None:
+    compiled: Any = graftc.compile({"adapt": [stated]}, tiny("llama"))
+    text: str = compiled.card(certify=False)
+    row = text.split("## Spec")[1].split("has its default:")[1].split("## ")[0]
+    assert all(value in row for value in shown) and not any(name in row for name in hidden)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("artifact", ["artifact", "kept"])
 def test_its_commands_work(

@@ -20,7 +20,7 @@ from graftc.runtime.card.metadata import (
     is_transformers_class,
     task_of,
 )
-from graftc.runtime.card.sections import block, card_text, certified, folder_in_code, sizes
+from graftc.runtime.card.sections import block, card_text, certified, folder_in_code, sizes, spec_block
 from graftc.runtime.sources.reference import Reference
 from graftc.specs.document import Spec
 from graftc.specs.errors.text import counted
@@ -131,7 +131,7 @@ def _sections(facts: MergedFacts, metadata: CardMetadata) -> Iterator[str]:
         yield block(record.spec, "json", "graftc.json")
     else:
         yield "The spec:"
-        yield block(record.spec, "yaml", "graftc.json", "#")
+        yield from spec_block(facts.spec, record.spec, "graftc.json")
     yield "## Use"
     yield from _use(facts)
     yield "## Check"

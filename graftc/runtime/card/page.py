@@ -12,12 +12,12 @@ from graftc.runtime.card.markdown import code, fenced, table
 from graftc.runtime.card.metadata import LIBRARY, NOTHING_STATED, StatedMetadata, card_metadata, task_of
 from graftc.runtime.card.sections import (
     MOST_PLACES,
-    block,
     card_text,
     certified,
     folder_in_code,
     model_in_code,
     place_of,
+    spec_block,
 )
 from graftc.specs.errors.text import format_layers
 from graftc.specs.io import dump_spec
@@ -62,7 +62,7 @@ def _sections(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
     yield "## Places"
     yield from _places(facts.snapshot.sites)
     yield "## Spec"
-    yield block(dump_spec(facts.snapshot.spec), "yaml", "spec.yaml", "#")
+    yield from spec_block(facts.snapshot.spec, dump_spec(facts.snapshot.spec), "spec.yaml")
     yield "## Folding"
     yield from _folding(facts)
     yield "## Use"

@@ -11,12 +11,18 @@ from graftc.records.cards import CardMetadata
 from graftc.records.certificate import ALGEBRA_BOUND, ROUNDING_BOUND, Certificate
 from graftc.runtime.card.markdown import code, fenced, table
 from graftc.runtime.sources.reference import Reference
+from graftc.specs.base import MethodSpec
+from graftc.specs.document import Spec
 from graftc.specs.errors.text import abridged
+from graftc.specs.io import plain
 
 MOST_PLACES = 60
 """The maximum number of rows in a table of places."""
 MOST_TEXT = 50_000
 """The maximum number of characters of a spec or a config that a card shows."""
+
+MOST_DEFAULTS = 1000
+"""The maximum number of characters of an adaptation's default values."""
 
 _WORD = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _PATH = re.compile(r"[\w./~-]+", re.ASCII)
@@ -34,6 +40,34 @@ def card_text(metadata: CardMetadata, parts: Iterable[str]) -> str:
     known = {field: value for field, value in metadata.to_json().items() if value}
     front = yaml.safe_dump(known, sort_keys=False, allow_unicode=False, default_flow_style=False)
     return "\n\n".join([f"---\n{front}---", *parts]) + "\n"
+
+
+def spec_block(spec: Spec, text: str, where: str) -> Iterator[str]:
+    """Yield a spec as a block, and the values that it omits because they are the defaults, by adaptation.
+
+    Args:
+        spec: the spec.
+        text: its YAML.
+        where: the file that has all of it.
+    """
+    yield block(text, "yaml", where, "#")
+    rows = [(code(a.name or a.method), code(values, MOST_DEFAULTS)) for a in spec.adapt if (values := _defaults(a))]
+    if rows:
+        yield "What it does not state has its default:"
+        yield table(("adaptation", "defaults"), rows[:MOST_PLACES])
+    if len(rows) > MOST_PLACES:
+        yield f"And {len(rows) - MOST_PLACES:,} more adaptations."
+
+
+def _defaults(adaptation: MethodSpec) -> str:
+    """Return the values of an adaptation that its spec omits, without those that are off, and without its places."""
+    stated = plain(adaptation, "name", "method", "target")
+    sizes = adaptation.sizes if any(size in stated for size in adaptation.sizes) else ()
+    return ", ".join(
+        f"{field}: {value}"
+        for field, value in adaptation.model_dump(mode="json").items()
+        if field not in stated and field not in sizes and value not in (None, False, [])
+    )
 
 
 def certified(folded: str, certificate: Certificate) -> Iterator[str]:
