@@ -239,3 +239,23 @@ def data_file(path: Path, rng: random.Random) -> None:
         at = rng.randrange(len(raw) + 1)
         raw = raw[:at] + b"x" * rng.choice((1, 99_000, 200_000)) + raw[at:]
     path.write_bytes(raw)
+
+
+def parses(folder: Path) -> bool:
+    """Return whether all JSON files, headers of tensor files and files of rows in a folder have the form of their kind."""
+    try:
+        for path in folder.rglob("*"):
+            if path.is_symlink() or not path.is_file():
+                continue
+            if path.suffix == ".safetensors":
+                raw = path.read_bytes()
+                json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+            elif path.suffix == ".json":
+                json.loads(path.read_bytes())
+            elif path.suffix in (".csv", ".tsv", ".jsonl"):
+                lines = path.read_text(encoding="utf-8").split("\n")
+                if path.suffix == ".jsonl":
+                    all(json.loads(line) for line in lines if line.strip())
+    except (ValueError, RecursionError):
+        return False
+    return True

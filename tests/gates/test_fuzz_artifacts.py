@@ -1,7 +1,7 @@
 """Thousands of changed artifacts, each sealed again, through everything that reads artifacts.
 
 Only coded errors are raised; nothing hangs, takes much memory, or reads or writes a file outside. ``make fuzz`` runs
-``FUZZ`` of them, 3,000 by default; the ordinary tests run a sample.
+a twentieth of ``FUZZ``; the ordinary tests run a sample.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from graftc.runtime.artifact import open_artifact
 from graftc.runtime.loading.verify import verify
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import inputs_for
+from tests.gates.counts import MODELS
 from tests.gates.mutate import mutate
 from tests.kit.folders import adapted_folder, saved_base
 from tests.kit.places import ROOT
 
-COUNT = min(3000, int(os.environ.get("GRAFTC_FUZZ", "3000")))
 SAMPLE = 30
 SECONDS = 5
 MEMORY = 1 << 30
@@ -220,7 +220,7 @@ def test_a_sample(fuzzed: Fuzzed) -> None:
 
 @pytest.mark.gate
 def test_all(fuzzed: Fuzzed) -> None:
-    _many(fuzzed, range(1, COUNT + 1))
+    _many(fuzzed, range(1, MODELS + 1))
 
 
 _WRITES = re.compile(
@@ -237,7 +237,7 @@ def test_what_the_system_sees(tmp_path: Path) -> None:
     script = (
         "import pathlib, sys; from tests.gates.test_fuzz_artifacts import Fuzzed; "
         "fuzzed = Fuzzed(pathlib.Path(sys.argv[1])); print('READY', open('/dev/null').close()); "
-        f"[fuzzed.run(number) for number in range(1, {min(COUNT, 200) + 1})]"
+        f"[fuzzed.run(number) for number in range(1, {min(MODELS, 200) + 1})]"
     )
     (tmp_path / "work").mkdir()
     command = ["strace", "-f", "-qq", "-e", "trace=%file", "-o", str(log), sys.executable, "-c", script]
