@@ -242,7 +242,7 @@ def data_file(path: Path, rng: random.Random) -> None:
 
 
 def parses(folder: Path) -> bool:
-    """Return whether all JSON files, headers of tensor files and files of rows in a folder have the form of their kind."""
+    """Return whether all JSON, headers of tensor files and rows of data in a folder can be parsed."""
     try:
         for path in folder.rglob("*"):
             if path.is_symlink() or not path.is_file():
