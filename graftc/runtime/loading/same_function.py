@@ -33,7 +33,7 @@ def require_same_function(artifact: Artifact, compilation: Compilation) -> None:
     manifest, current = artifact.manifest, compilation.main
     written = manifest.signatures[0]
     keys = [capture.key for capture in current.captures]
-    graph = next((name for name in _GRAPHS if name in written.graphs), None)
+    graph = next((each for each in _GRAPHS if each in written.graphs), None)
     if graph is None or elements_in(written.flags) or (all(keys) and keys == [c.key for c in written.captures]):
         return
     program = artifact.graph(graph)
