@@ -167,7 +167,7 @@ def _take_apart(prepared: Prepared) -> Prepared:
     device = device_of(model)
     inputs = {**{axis.name: axis.given(device) for axis in shown}, **dict(prepared.flags)}
     run = start.shown or (lambda own: own(**inputs))
-    apart = taken_apart(model, run, maps_alone=start.level == "modules")
+    apart = taken_apart(model, run, maps_alone=start.level == "modules", use_cache=start.use_cache)
     if apart.by_maps and prepared.spec.capture == "layers":
         row, reason = next(iter(apart.by_maps.items()))
         message = f"the layers of {row} cannot be graphs: {reason}"
@@ -183,6 +183,7 @@ def _take_apart(prepared: Prepared) -> Prepared:
         model=union,
         axes=calls,
         flags=flags,
+        start=replace(start, known={**start.known, **apart.captures}),
         notes=notes,
         written=apart.written,
         read=apart.read,

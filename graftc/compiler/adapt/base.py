@@ -16,6 +16,7 @@ from graftc.compiler.capture.signature import Axis
 from graftc.compiler.capture.untraced import unkept
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.live.elements import is_live
+from graftc.compiler.live.kinds import captured_by_kinds
 from graftc.passes.core import progress
 from graftc.passes.core.ir.effects import flaw
 from graftc.passes.core.ir.program import Program, from_two
@@ -40,7 +41,9 @@ def take(work: Work, request: CaptureRequest, log: Log) -> Capture:
         GraftError: GC041 if they differ.
     """
     compilation = work.compilation
-    capture = captured(request, use_cache=compilation.use_cache, known=compilation.known)
+    live = is_live(compilation.model)
+    take_from = captured_by_kinds if live else captured
+    capture = take_from(request, compilation.known, use_cache=compilation.use_cache)
     from_cache = capture.cached
     try:
         capture = _checked(compilation, capture, log, request.axes)
@@ -61,6 +64,9 @@ def take(work: Work, request: CaptureRequest, log: Log) -> Capture:
 
 def _every_layer(compilation: Compilation, stale: Capture, request: CaptureRequest, log: Log) -> Capture:
     """Capture again with every layer traced, and replace the cached capture."""
+    if is_live(compilation.model):
+        fresh = captured_by_kinds(request, {}, use_cache=False, alike=False)
+        return _checked(compilation, fresh, log, request.axes)
     if compilation.use_cache:
         forget(request)
     fresh = _checked(compilation, replace(capture_model(request, alike=False), key=stale.key), log, request.axes)

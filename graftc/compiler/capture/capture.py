@@ -29,7 +29,8 @@ from graftc.compat.graphs import OUTSIDE_MODULES
 from graftc.compat.hooks import none_left_behind
 from graftc.compat.operators import HigherOrderOperator
 from graftc.compat.transformers import export_patches
-from graftc.compiler.capture.alike.repeats import Repeats, traced_once
+from graftc.compiler.capture.alike.modules import Place
+from graftc.compiler.capture.alike.repeats import Repeats, numbers_read, traced_once
 from graftc.compiler.capture.alike.written import written_once
 from graftc.compiler.capture.anchored import Anchor
 from graftc.compiler.capture.as_captured import as_captured, called_with, replaced, traced_names
@@ -45,7 +46,6 @@ from graftc.compiler.input_checks import checks_of
 from graftc.compiler.quiet import quiet
 from graftc.passes.core import progress
 from graftc.passes.core.elements.calls import elements_in
-from graftc.passes.core.elements.separate import separate
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.functions import calls, expand, inlined, prune
 from graftc.passes.core.ir.history import Recorder
@@ -77,6 +77,7 @@ class Capture:
         assigned: module attributes that the forward pass assigned while it was traced.
         anchor: the comparison with the model itself.
         alike: the number of layer calls that were not traced because the layers are like others.
+        read: of the graph of a single element, the integers of its modules that were read while it was traced.
     """
 
     traced: Program
@@ -88,6 +89,7 @@ class Capture:
     assigned: tuple[str, ...] = ()
     anchor: Anchor | None = None
     alike: int = 0
+    read: tuple[Place, ...] = ()
     flat: Program | None = field(default=None, repr=False)
 
     @property
@@ -139,11 +141,12 @@ def _captured(request: CaptureRequest, *, alike: bool, hide: bool) -> Capture | 
     """
     model, axes, inputs, repeats = request.model, request.axes, request.examples(), Repeats()
     once = traced_once(model, inputs if hide else None) if alike else nullcontext(repeats)
-    chosen = kernels_as_chosen() if elements_in(request.flags) else nullcontext()
+    elements = elements_in(request.flags)
+    chosen = kernels_as_chosen() if elements else nullcontext()
     asserted: list[str] = []
     with as_captured(request) as notes, _patches(model), chosen:
         try:
-            with once as repeats, noticed(model) as assigned:
+            with once as repeats, noticed(model) as assigned, numbers_read(model, elements) as read:
                 exported, sizes = _export(model, axes, inputs, repeats, asserted)
                 result = _program(exported, sizes.specs(), request.aliases, asserted, repeats)
             require_products(result.traced.graph)
@@ -160,8 +163,8 @@ def _captured(request: CaptureRequest, *, alike: bool, hide: bool) -> Capture | 
     if assigned and result.alike:
         return None
     result.traced.mode, result.traced.flags = request.mode, request.flags
-    separate(result.traced)
     result.notes, result.assigned = (*notes, *fixed_notes(axes, result.traced.inputs)), tuple(assigned)
+    result.read = tuple(sorted(read))
     return result
 
 

@@ -102,7 +102,7 @@ Known = Mapping[str, Callable[[], Capture | None]]
 """Functions that return existing captures, by key; they return None if the file has since been removed."""
 
 
-def captured(request: CaptureRequest, *, use_cache: bool = True, known: Known = MappingProxyType({})) -> Capture:
+def captured(request: CaptureRequest, known: Known = MappingProxyType({}), *, use_cache: bool = True) -> Capture:
     """Return the known capture for the request's key, one from the cache, or a new one, which is stored in the cache.
 
     A known capture whose file has since been removed is not used. See `graftc.compiler.capture.capture.capture`.
@@ -145,11 +145,12 @@ def _read(wanted: str | None, device: torch.device) -> Capture | None:
         program = program_from_json(data["program"], device, called=True)
         constants = {name: _tensor(value, device) for name, value in data["constants"].items()}
         notes = tuple(str(note) for note in data["notes"])
+        read = tuple((str(path), str(name)) for path, name in data["read"])
     except Exception:  # whatever is wrong with the file, the model can be captured again
         with suppress(OSError):
             path.unlink()
         return None
-    return Capture(program, constants, time.perf_counter() - started, cached=True, notes=notes, key=wanted)
+    return Capture(program, constants, time.perf_counter() - started, cached=True, notes=notes, key=wanted, read=read)
 
 
 def _content(path: Path) -> bytes:
@@ -179,6 +180,7 @@ def _write(wanted: str | None, capture: Capture) -> None:
             "program": program_to_json(capture.traced),
             "constants": {name: _encode(tensor) for name, tensor in capture.constants.items()},
             "notes": list(capture.notes),
+            "read": [list(place) for place in capture.read],
         }
         content = json.dumps(data, separators=(",", ":")).encode()
     except (SerialisationError, ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -17,11 +17,13 @@ from graftc.compat.modes import TorchDispatchMode
 from graftc.compat.operators import LOCAL_SCALAR
 from graftc.compiler.capture.anchor import anchor
 from graftc.compiler.capture.as_captured import as_captured
-from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.capture import Capture
+from graftc.compiler.capture.capture_cache import Known
 from graftc.compiler.capture.parameter_uses import observed
 from graftc.compiler.capture.refusals import place_now, told
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.live.elements import Recorded, as_inputs, hold_all, layers_of, maps_of, place_in_row, union_of
+from graftc.compiler.live.kinds import alone, captured_alone
 from graftc.compiler.live.own_state import with_own_buffers
 from graftc.compiler.live.run import RecordedRun, record
 from graftc.passes.core.elements.calls import CallStructure
@@ -43,6 +45,7 @@ class TakenApart:
         uncalled: rows of layers that the run did not call, so that nothing in them is an element.
         written: names of the buffers that the run wrote to.
         read: names of the parameters that the model's own Python code read between elements.
+        captures: the captures of layers that were tried, by key.
     """
 
     calls: Recorded
@@ -51,9 +54,12 @@ class TakenApart:
     uncalled: tuple[str, ...]
     written: tuple[str, ...]
     read: tuple[str, ...]
+    captures: Known
 
 
-def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone: bool = False) -> TakenApart:
+def taken_apart(
+    model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone: bool = False, use_cache: bool = True
+) -> TakenApart:
     """Take a model apart into elements, based on a run of it.
 
     Args:
@@ -61,14 +67,16 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
         run: a function that runs the model, for example with one call; it is called again for each depth at which
             layers or their parts cannot be graphs.
         maps_alone: whether only maps, and no layers or parts of layers, may be graphs.
+        use_cache: whether to look up and store captures in the user's cache folder.
 
     Raises:
         GraftError: GC030 if the model does not run, or has no elements.
     """
     layers, maps = [] if maps_alone else layers_of(model), maps_of(model)
     seen = record(model, layers, maps, run)
-    union = union_of(with_own_buffers(model), layers)
-    graphs, reasons = _whole(union, seen, layers)
+    union, captures = union_of(with_own_buffers(model), [*layers, *maps]), dict[str, Callable[[], Capture | None]]()
+    way = _Ways(union, captures, use_cache)
+    graphs, reasons = way.whole(seen, layers)
     calls, read, whole = {**seen.calls, **graphs}, dict.fromkeys(seen.read), list(graphs)
     used = {*maps}.intersection(calls)
     map_counts = Counter(holder for path in used for holder in accumulate(path.split("."), "{}.{}".format))
@@ -76,7 +84,7 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
     while pending:
         # Layers that run as graphs are watched again, so that their reads do not count as reads between graphs.
         deeper = record(model, [*whole, *pending], maps, run)
-        graphs, _ = _whole(union_of(with_own_buffers(model), pending), deeper, pending)
+        graphs, _ = way.whole(deeper, pending)
         calls, read = {**deeper.calls, **calls, **graphs}, read | dict.fromkeys(deeper.read)
         whole += graphs
         pending = _inside(model, {*pending} - {*graphs}, map_counts)
@@ -99,50 +107,73 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
         tuple(row for row in rows if not any(path.startswith(f"{row}.") for path in seen.calls)),
         seen.written,
         tuple(read),
+        captures,
     )
 
 
-def _whole(union: nn.Module, seen: RecordedRun, paths: Sequence[str]) -> tuple[Recorded, dict[str, str]]:
-    """Return the calls to the layers, or parts of layers, that can be graphs, and the reasons why the others cannot.
-
-    The reasons are keyed by `place_in_row`.
+class _Ways:
+    """Finds out which layers, or parts of layers, can be graphs; those of the same kind share the answer.
 
     Args:
-        union: the union of the model's elements.
-        seen: a run that called the layers or parts.
-        paths: paths of the layers or parts.
+        union: the union of the model's elements, with buffers of its own.
+        captures: to which the captures of layers are added, by key.
+        use_cache: as for `taken_apart`.
     """
-    reasons: dict[str, str] = {}
-    known: dict[object, str] = {}
-    calls: dict[str, tuple[CallStructure, Sequence[Tensor]]] = {}
-    for path in filter(seen.calls.__contains__, paths):
-        reason = seen.entered.get(path, "")
-        if not reason:
-            calls[path] = seen.calls[path]
-            if _reason(union, path, calls, known).startswith(READS):
-                calls |= deciding(union, {path: seen.calls[path]})
-            reason = _reason(union, path, calls, known)
-        if reason:
-            reasons.setdefault(place_in_row(path), reason)
-    whole = {path: call for path, call in calls.items() if place_in_row(path) not in reasons}
-    for path in filter(seen.untaken.__contains__, paths):
-        reasons.setdefault(place_in_row(path), seen.untaken[path])
-    return whole, reasons
 
+    def __init__(self, union: nn.Module, captures: dict[str, Callable[[], Capture | None]], use_cache: bool) -> None:
+        self._union, self._captures, self._use_cache = union, captures, use_cache
+        self._reasons: dict[object, str] = {}
+        self._aliases = Store.mirror(union).aliases
 
-def _reason(union: nn.Module, path: str, calls: Recorded, known: dict[object, str]) -> str:
-    """Return why a layer cannot be a graph, or an empty string if it can; layers of the same kind share the answer.
+    def whole(self, seen: RecordedRun, paths: Sequence[str]) -> tuple[Recorded, dict[str, str]]:
+        """Return the calls to those that can be graphs, and the reasons why others cannot, by `place_in_row`.
 
-    Args:
-        union: the union of the model's elements.
-        path: path of the layer.
-        calls: calls by path, including the layer's.
-        known: answers by kind; new answers are added.
-    """
-    kind = place_in_row(path), _kind(union, calls, path)
-    if kind not in known:
-        known[kind] = _in_the_way(union, {path: calls[path]})
-    return known[kind]
+        Args:
+            seen: a run that called the layers or parts.
+            paths: their paths.
+        """
+        reasons: dict[str, str] = {}
+        calls: dict[str, tuple[CallStructure, Sequence[Tensor]]] = {}
+        for path in filter(seen.calls.__contains__, paths):
+            reason = seen.entered.get(path, "")
+            if not reason:
+                call: Recorded = {path: seen.calls[path]}
+                if (reason := self._reason(path, call)).startswith(READS):
+                    call = deciding(self._union, call)
+                    reason = self._reason(path, call)
+                calls |= call
+            if reason:
+                reasons.setdefault(place_in_row(path), reason)
+        whole = {path: call for path, call in calls.items() if place_in_row(path) not in reasons}
+        for path in filter(seen.untaken.__contains__, paths):
+            reasons.setdefault(place_in_row(path), seen.untaken[path])
+        return whole, reasons
+
+    def _reason(self, path: str, call: Recorded) -> str:
+        """Return why a layer cannot be a graph, or an empty string if it can."""
+        kind = place_in_row(path), _kind(self._union, call, path)
+        if kind not in self._reasons:
+            self._reasons[kind] = self._in_the_way(path, call)
+        return self._reasons[kind]
+
+    def _in_the_way(self, path: str, call: Recorded) -> str:
+        if reason := tried(self._union, call):
+            return reason
+        axes, flags = as_inputs(call)
+        request = CaptureRequest(self._union, tuple(axes), flags, aliases=self._aliases)
+        try:
+            layer = captured_alone(request, path, self._captures, use_cache=self._use_cache)
+        except GraftError as error:
+            return told(error.__cause__ or error)
+        if varying(layer.program):
+            return f"{READS} that vary from call to call"
+        baseline = record_baseline(layer.program)
+        comparison = anchor(replace(request, model=alone(self._union, path)), baseline, layer.constants)
+        if layer.key is not None:
+            self._captures[layer.key] = layer.again
+        if comparison.differing:
+            return comparison.differing[0]
+        return comparison.skipped if comparison.difference is None else ""
 
 
 def _in_order(calls: Recorded) -> list[str]:
@@ -176,24 +207,6 @@ def _kind(model: nn.Module, calls: Recorded, path: str) -> Kind:
     return tuple(type(module) for module in model.get_submodule(path).modules()), calls[path][0].text
 
 
-def _in_the_way(union: nn.Module, call: Recorded) -> str:
-    """Return why a layer cannot be one graph; empty if it can."""
-    if reason := tried(union, call):
-        return reason
-    axes, flags = as_inputs(call)
-    request = CaptureRequest(union, tuple(axes), flags, aliases=Store.mirror(union).aliases)
-    try:
-        layer = capture(request, alike=False)
-    except GraftError as error:
-        return told(error.__cause__ or error)
-    if varying(layer.program):
-        return f"{READS} that vary from call to call"
-    comparison = anchor(request, record_baseline(layer.program), layer.constants)
-    if comparison.differing:
-        return comparison.differing[0]
-    return comparison.skipped if comparison.difference is None else ""
-
-
 _MODES: tuple[Mode, ...] = ("train", "eval")
 READS = "its Python reads the values of tensors"
 """The reason given for a layer whose Python code depends on tensor values."""
@@ -207,7 +220,7 @@ def deciding(union: nn.Module, call: Recorded) -> Recorded:
         call: the call to one element; decisions already in it are kept, and later ones follow from the values.
     """
     ((path, (structure, tensors)),) = call.items()
-    union = with_own_buffers(union)
+    union = with_own_buffers(alone(union, path))
     taken: dict[str, list[bool]] = {}
     for mode in _MODES:
         decisions = Decisions(structure.decisions(mode))
@@ -224,7 +237,8 @@ def tried(union: nn.Module, call: Recorded) -> str:
         union: the union of the model's elements.
         call: the call to one element.
     """
-    union = with_own_buffers(union)
+    (path,) = call
+    union = with_own_buffers(alone(union, path))
     for mode in _MODES:
         values = _ReadValues()
         try:

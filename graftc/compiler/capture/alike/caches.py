@@ -18,9 +18,10 @@ from torch import Tensor
 from graftc.compiler.capture.assignments import has_same_items
 from graftc.compiler.capture.fixed_cache import traced_layer
 from graftc.compiler.capture.past import kinds_of
+from graftc.passes.core.elements import layer_cache
 
-_CACHES = "transformers.cache_utils"
-"""The module whose own code compares and counts layer numbers to find the layers' parts."""
+_CACHES = ("transformers.cache_utils", layer_cache.__name__)
+"""The modules whose own code compares and counts layer numbers to find the layers' parts."""
 _OPERATORS = """
     index int float bool hash str repr format eq ne lt le gt ge neg pos abs invert trunc round floor ceil
     add sub mul truediv floordiv mod divmod pow and or xor lshift rshift
@@ -45,7 +46,7 @@ def _operator(name: str) -> Callable[..., Any]:
     plain = getattr(int, name)
 
     def operate(self: LayerNumber, *others: Any) -> Any:
-        if sys._getframe(1).f_globals.get("__name__") != _CACHES:
+        if sys._getframe(1).f_globals.get("__name__") not in _CACHES:
             self.on_read()
         return plain(self.number, *(other.number if type(other) is LayerNumber else other for other in others))
 
@@ -189,7 +190,7 @@ class CrossedCache:
 
 def crossed(value: Any) -> CrossedCache | None:
     """Return the state of a cache whose layers keep all tokens and nothing else; None for any other value."""
-    if type(value).__module__ != _CACHES:
+    if type(value).__module__ not in _CACHES:
         return None
     from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 

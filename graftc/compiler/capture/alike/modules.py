@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,38 @@ def alike(model: nn.Module) -> list[Layer]:
     return repeated
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What determines, apart from its arguments, what a module computes.
+
+    Attributes:
+        text: the contents of its modules, without the integers.
+        numbers: the integer attributes of its modules.
+    """
+
+    text: str
+    numbers: Mapping[Place, int]
+
+
+def contents_of(model: nn.Module, paths: Iterable[str]) -> dict[str, Contents]:
+    """Return the contents of modules by path, equal for modules that compute the same if their numbers are equal.
+
+    Left out are modules with contents that cannot be serialised, that refer to modules of which they are not part, or
+    whose code may depend on state outside of them (see `code`).
+    """
+    modules, elsewhere = dict(model.named_modules(remove_duplicate=False)), LooksElsewhere()
+    wanted = {path: dict(modules[path].named_modules()) for path in paths}
+    holdings = holdings_of_modules(model, {f"{path}.{name}".rstrip(".") for path in wanted for name in wanted[path]})
+    contents: dict[str, Contents] = {}
+    for path, parts in wanted.items():
+        held = {name: holdings.get(f"{path}.{name}".rstrip(".")) for name in parts}
+        numbers: dict[Place, int] = {}
+        if not any(own is None or _names_modules(own[2:]) or elsewhere.of(parts[name]) for name, own in held.items()):
+            described = [_described(name, part, held[name] or (), numbers) for name, part in parts.items()]
+            contents[path] = Contents(repr(described), numbers)
+    return contents
+
+
 def _names_modules(contents: Any) -> bool:
     """Return whether a module's contents refer to another module of the model, whose identity its code may check."""
     if not isinstance(contents, list | tuple):
@@ -97,7 +129,7 @@ def _described(name: str, module: nn.Module, contents: Sequence[Any], numbers: d
     rest: list[Any] = []
     for attribute, value in values:
         number = vars(module)[attribute]
-        if type(number) is int and _can_be_watched(type(module), attribute):
+        if type(number) is int and can_be_watched(type(module), attribute):
             numbers[name, attribute] = number
             rest.append(attribute)
         else:
@@ -110,7 +142,7 @@ def _described(name: str, module: nn.Module, contents: Sequence[Any], numbers: d
     return [name, kind, children, rest, buffers, tensors]
 
 
-def _can_be_watched(kind: type, name: str) -> bool:
+def can_be_watched(kind: type, name: str) -> bool:
     """Return whether every read of an instance's attribute would go through a descriptor of its class."""
     own = [base for base in kind.__mro__ if base not in (object, nn.Module)]
     return not any("__getattribute__" in vars(base) or name in vars(base) for base in own)

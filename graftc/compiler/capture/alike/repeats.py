@@ -30,9 +30,10 @@ from graftc.compat.modes import modes_in_force
 from graftc.compat.modules import buffers_of
 from graftc.compiler.capture.alike.caches import CrossedCache, LayerNumber, crossed
 from graftc.compiler.capture.alike.hidden import Hidden
-from graftc.compiler.capture.alike.modules import Layer, Place, alike
+from graftc.compiler.capture.alike.modules import Layer, Place, alike, can_be_watched
 from graftc.compiler.capture.as_captured import replaced
 from graftc.compiler.capture.assignments import Attributes, has_same_items
+from graftc.passes.core.elements.layer_cache import LAYER_INDEX
 from graftc.passes.core.ir.shapes import expression
 
 _LIBRARY: Any = torch.library.Library("graftc_capture", "DEF")  # type: ignore[no-untyped-call]
@@ -276,6 +277,33 @@ def _descriptors(repeats: Repeats) -> list[tuple[type, str, _Watched]]:
         return repeats.read((paths[id(module)], name), value) if id(module) in paths else value
 
     return [(kind, name, _Watched(name, read)) for kind, name in watched]
+
+
+@contextmanager
+def numbers_read(model: nn.Module, elements: Sequence[str]) -> Iterator[set[Place]]:
+    """Record the integers of a single element's modules that are read while the block runs.
+
+    Reading a layer's index to select its part of a cache (`graftc.passes.core.elements.layer_cache`) does not count.
+    If there are several elements, or none, nothing is recorded.
+    """
+    seen: set[Place] = set()
+    parts = dict(model.get_submodule(elements[0]).named_modules()) if len(elements) == 1 else {}
+    paths = {id(part): path for path, part in parts.items()}
+
+    def read(module: nn.Module, name: str, value: Any) -> Any:
+        place = paths.get(id(module), ""), name
+        if id(module) not in paths or type(value) is not int:
+            return value
+        if name == LAYER_INDEX:
+            return LayerNumber(value, lambda: seen.add(place), lambda: None)
+        seen.add(place)
+        return value
+
+    with ExitStack() as stack:
+        for kind, name in {(type(p), name) for p in parts.values() for name, n in vars(p).items() if type(n) is int}:
+            if can_be_watched(kind, name):
+                stack.enter_context(mock.patch.object(kind, name, _Watched(name, read), create=True))
+        yield seen
 
 
 # --- what a call depends on, and what it returns -----------------------------------------------------------

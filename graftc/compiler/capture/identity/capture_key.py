@@ -169,17 +169,19 @@ def digests_of_holdings(model: nn.Module) -> dict[str, str] | None:
     return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in contents.items()}
 
 
-def holdings_of_modules(model: nn.Module) -> dict[str, list[Any]]:
+def holdings_of_modules(model: nn.Module, among: Set[str] | None = None) -> dict[str, list[Any]]:
     """Return the contents of a model's modules by path, as JSON data that is equal for modules with equal contents.
 
     The data consists of the module's class, the names of its submodules, its attributes, and the names of its buffers
-    that are not in checkpoints. Modules with contents that cannot be serialised are left out.
+    that are not in checkpoints. Modules with contents that cannot be serialised are left out, and so are those that are
+    not ``among`` the given paths.
     """
     walk = _Walk(model)
     contents: dict[str, list[Any]] = {}
     for path, module in model.named_modules():
         with suppress(UnknownHoldingError):
-            contents[path] = walk.module(path, module)[1:]
+            if among is None or path in among:
+                contents[path] = walk.module(path, module)[1:]
     return contents
 
 

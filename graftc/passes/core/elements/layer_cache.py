@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+LAYER_INDEX = "layer_idx"
+"""The attribute with the index of a layer's part of a cache."""
 Pair = tuple[Tensor, Tensor]
 """Keys and values, ``[batch, heads, tokens, width]``."""
 
@@ -82,9 +84,17 @@ class LayerCache:
         previous = self._states_of(layer_idx).has_previous_state
         return any(previous.values()) if state_idx is None else bool(previous[state_idx])
 
+    def increase_count(self, layer_idx: int, state_idx: int) -> None:
+        """Count one more token, for a layer that writes to its states in place."""
+        self._states_of(layer_idx).increase_count(state_idx)
+
     def is_recording_past(self, layer_idx: int) -> bool:
         """Return False: caches that record earlier states are not supported."""
         return False
+
+    def get_recurrent_states_to_keep(self, layer_idx: int) -> int:
+        """Return 0: see `is_recording_past`."""
+        return 0
 
     def _states_of(self, layer: int | None) -> Any:
         """Return the layer's states.
@@ -137,6 +147,8 @@ def describe(cache: Any, module: nn.Module, number: Callable[[Tensor], int]) -> 
             more["sliding"] = True
         if isinstance(entry, LinearAttentionLayer):
             more["states"] = [[number(state) for state in states] for states in _states_in(entry)]
+            if (count := getattr(entry, _COUNT, None)) is not None:
+                more["count"] = number(count)
         return {"past": past, **more} if more else past
 
     if type(cache) is EncoderDecoderCache:
@@ -159,9 +171,10 @@ def stand_in(module: nn.Module, cache: Any, tensors: Sequence[Tensor]) -> Any:
     def own(part: Any) -> LayerCache:
         entry = part if isinstance(part, dict) else {"past": part}
         past = tuple(tensors[each] for each in entry["past"])
-        states = (
-            _with_states([[tensors[each] for each in pair] for pair in entry["states"]]) if "states" in entry else None
-        )
+        states = None
+        if "states" in entry:
+            count = tensors[entry["count"]] if "count" in entry else None
+            states = _with_states([[tensors[each] for each in pair] for pair in entry["states"]], count)
         return LayerCache(layer, (past[0], past[1]) if past else None, states, entry.get("sliding", False))
 
     if isinstance(cache, list) or "past" in cache:
@@ -178,7 +191,9 @@ def stand_in(module: nn.Module, cache: Any, tensors: Sequence[Tensor]) -> Any:
 def news_of(cache: Any) -> Any:
     """Return the new keys, values and states in a cache's replacement after the call, or None if there are none."""
     if isinstance(cache, LayerCache):
-        return cache.new if cache.states is None else {"new": cache.new, "states": _states_in(cache.states)}
+        if cache.states is None:
+            return cache.new
+        return {"new": cache.new, "states": _states_in(cache.states), "count": getattr(cache.states, _COUNT, None)}
     if isinstance(own := getattr(cache, "self_attention_cache", None), LayerCache):
         return {"own": own.new, "cross": cache.cross_attention_cache.new}
     return None
@@ -194,6 +209,8 @@ def write_back(cache: Any, module: nn.Module, news: Any) -> None:
     if "states" in news:
         write_back(cache, module, news["new"])
         _write_states(cache.layers[layer], news["states"])
+        if news["count"] is not None:
+            getattr(cache.layers[layer], _COUNT).copy_(news["count"])
         return
     write_back(cache.self_attention_cache, module, news["own"])
     write_back(cache.cross_attention_cache, module, news["cross"])
@@ -203,7 +220,7 @@ def write_back(cache: Any, module: nn.Module, news: Any) -> None:
 
 def number_of(module: nn.Module) -> int | None:
     """Return the index with which a layer accesses its part of a cache, or None if it has no unique index."""
-    indices = (getattr(each, "layer_idx", None) for each in module.modules())
+    indices = (vars(each).get(LAYER_INDEX) for each in module.modules())
     numbers = {number for number in indices if isinstance(number, int)}
     return numbers.pop() if len(numbers) == 1 else None
 
@@ -231,6 +248,8 @@ def _layer_in(cache: Any, layer: int) -> Any:
     return entry
 
 
+_COUNT = "cumulative_length_linear"
+"""The attribute in which a layer with states counts the tokens that it has read; older versions lack it."""
 _TAKEN = (
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
@@ -260,12 +279,19 @@ def _states_in(cache: Any) -> list[list[Tensor]]:
     return [[state for state in pair if state is not None] for pair in pairs]
 
 
-def _with_states(states: Sequence[Sequence[Tensor]]) -> Any:
-    """Return a cache layer with copies of the states that `_states_in` returned for another layer."""
+def _with_states(states: Sequence[Sequence[Tensor]], count: Tensor | None) -> Any:
+    """Return a cache layer with copies of the states that `_states_in` returned for another layer.
+
+    Args:
+        states: the states.
+        count: the number of earlier tokens, ``int64[]``, if the layer counts them.
+    """
     from transformers.cache_utils import LinearAttentionLayer
 
     copied = LinearAttentionLayer(number_of_states=len(states))
     _write_states(copied, states)
+    if count is not None:
+        vars(copied)[_COUNT] = count.clone()
     return copied
 
 

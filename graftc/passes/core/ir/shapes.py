@@ -121,7 +121,7 @@ _OPERATORS: Mapping[type[ast.operator], tuple[Any, Callable[[int, int], int]]] =
 """The implementations of each operator for sympy expressions and for integers."""
 _LONGEST, _DEEPEST, _LARGEST = 1000, 40, 2**63
 _SYMBOL = re.compile(r"[a-z]\d{1,4}", re.ASCII)
-_SYMBOLS = 256
+_SYMBOLS = 4096
 
 
 def _fake_mode() -> FakeTensorMode:
