@@ -15,6 +15,9 @@ ABOUT_ORIGIN = frozenset(
 )
 """Attributes that record where a model came from, or whether it has run, and a hash that differs between processes."""
 
+OF_A_PROCESS = "SESSION_ID"
+"""A constant of transformers that differs between processes: it identifies downloads."""
+
 LOADING_OPTIONS = ("_commit_hash", "_from_auto")
 """Options that ``Auto`` classes add to those of ``from_pretrained``."""
 

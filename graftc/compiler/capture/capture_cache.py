@@ -33,11 +33,13 @@ import torch
 from graftc.compiler.capture.capture import Capture, capture
 from graftc.compiler.capture.identity.capture_key import LARGEST_TENSOR, UnknownHoldingError, holdings
 from graftc.compiler.capture.identity.sources import own_digest
+from graftc.compiler.capture.refusals import UntraceableError, by_values, told
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.passes.core import progress
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES, raw_bytes
 from graftc.passes.core.ir.stored.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.passes.core.plugins import registered
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.version import __version__
 
 _LARGEST_FILE = 256 * 2**20
@@ -82,7 +84,8 @@ def _key(request: CaptureRequest) -> str:
 
 def lookup(request: CaptureRequest) -> Capture | None:
     """Return the stored capture, with fake values on the model's device; None if there is none."""
-    return _read(key(request), request.device)
+    entry = _read(key(request), request.device)
+    return entry if isinstance(entry, Capture) else None
 
 
 def keep(request: CaptureRequest, capture: Capture) -> None:
@@ -116,9 +119,16 @@ def captured(request: CaptureRequest, known: Known = MappingProxyType({}), *, us
     if known_capture is not None:
         return replace(known_capture, key=wanted)
     entry = _read(wanted, request.device) if use_cache else None
+    if isinstance(entry, GraftError):
+        raise entry
     if entry is not None:
         return entry
-    new = replace(capture(request), key=wanted)
+    try:
+        new = replace(capture(request), key=wanted)
+    except GraftError as refusal:
+        if use_cache and by_values(refusal.__cause__):
+            _write_content(wanted, {"refused": [refusal.message, refusal.hint, told(refusal.__cause__ or refusal)]})
+        raise
     if use_cache:
         _write(wanted, new)
         if aside and folder() is not None:
@@ -126,7 +136,8 @@ def captured(request: CaptureRequest, known: Known = MappingProxyType({}), *, us
     return new
 
 
-def _read(wanted: str | None, device: torch.device) -> Capture | None:
+def _read(wanted: str | None, device: torch.device) -> Capture | GraftError | None:
+    """Return a stored capture, or the error of a model that no graph can represent; None if there is neither."""
     path = _path(wanted)
     if path is None:
         return None
@@ -142,6 +153,11 @@ def _read(wanted: str | None, device: torch.device) -> Capture | None:
         data = json.loads(content)
         if data["key"] != wanted:
             raise ValueError("the capture of something else")
+        if "refused" in data:
+            message, hint, reason = map(str, data["refused"])
+            error = GraftError("GC030", message, hint=hint)
+            error.__cause__ = UntraceableError(ValueError(reason))
+            return error
         program = program_from_json(data["program"], device, called=True)
         constants = {name: _tensor(value, device) for name, value in data["constants"].items()}
         notes = tuple(str(note) for note in data["notes"])
@@ -171,20 +187,24 @@ def _content(path: Path) -> bytes:
 
 def _write(wanted: str | None, capture: Capture) -> None:
     """Store a capture by writing a temporary file and renaming it, unless it cannot be serialised or written."""
-    path = _path(wanted)
-    if path is None or any(t.numel() * t.element_size() > LARGEST_TENSOR for t in capture.constants.values()):
+    if _path(wanted) is None or any(t.numel() * t.element_size() > LARGEST_TENSOR for t in capture.constants.values()):
         return
     try:
         data = {
-            "key": wanted,
             "program": program_to_json(capture.traced),
             "constants": {name: _encode(tensor) for name, tensor in capture.constants.items()},
             "notes": list(capture.notes),
             "read": [list(place) for place in capture.read],
         }
-        content = json.dumps(data, separators=(",", ":")).encode()
+        _write_content(wanted, data)
     except (SerialisationError, ValueError):
         return
+
+
+def _write_content(wanted: str | None, data: Mapping[str, Any]) -> None:
+    if (path := _path(wanted)) is None:
+        return
+    content = json.dumps({"key": wanted, **data}, separators=(",", ":")).encode()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)

@@ -133,13 +133,17 @@ def union_of(model: nn.Module, elements: Iterable[str]) -> nn.Module:
         elements: paths of the layers and maps that run as graphs. Their hooks are called in the live model, around the
             graphs.
     """
-    cls = type(model)
     union: nn.Module = sharing_copy(model)
-    union.__class__ = type(cls.__name__, (Elements, cls), {"__module__": __name__, "__doc__": cls.__doc__})
+    union.__class__ = elements_class(type(model), type(model))
     for path in ("", *elements):
         tables = vars(union.get_submodule(path))
         tables.update({name: type(tables[name])() for name in CALL_HOOKS if tables[name]})
     return union
+
+
+def elements_class(cls: type, base: type) -> type:
+    """Return the class of a union of the elements of a ``cls``, which is named like it and derives from ``base``."""
+    return type(cls.__name__, (Elements, base), {"__module__": __name__, "__doc__": cls.__doc__})
 
 
 def layers_of(model: nn.Module) -> list[str]:

@@ -24,6 +24,7 @@ from graftc.compiler.capture.alike.modules import Contents, contents_of
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.capture_cache import Known, captured, key
 from graftc.compiler.capture.request import CaptureRequest
+from graftc.compiler.live.elements import elements_class
 from graftc.passes.core.elements.calls import CALLS, calls_in, input_names, write_calls
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.functions import call, expand, prune
@@ -99,14 +100,19 @@ def _memory(tensor: Tensor) -> int:
 
 
 def alone(model: nn.Module, path: str) -> nn.Module:
-    """Return a copy of a union that contains only one element, in its place; the element's modules are shared."""
+    """Return a copy of a union that contains only one element, in its place; the element's modules are shared.
+
+    Its class is named like the union's, but has only the conventions of its library: none of the model's own code runs.
+    """
     root = reached = _bare(model)
     *outer, last = path.split(".")
     for name in outer:
         model = model.get_submodule(name)
         vars(reached)[CHILDREN][name] = inner = _bare(model)
+        inner.__class__ = nn.Module
         reached = inner
     vars(reached)[CHILDREN][last] = model.get_submodule(last)
+    root.__class__ = elements_class(type(root), next(c for c in type(root).__mro__ if c.__module__ in _LIBRARIES))
     return root
 
 
@@ -115,6 +121,10 @@ def _bare(module: nn.Module) -> nn.Module:
     bare: nn.Module = copy.copy(module)
     vars(bare).update({CHILDREN: {}, PARAMETERS: {}, BUFFERS: {}})
     return bare
+
+
+_LIBRARIES = ("transformers.modeling_utils", "torch.nn.modules.module")
+"""The modules of the classes from which models derive."""
 
 
 def _stands_for(capture: Capture, own: Contents, other: Contents) -> bool:

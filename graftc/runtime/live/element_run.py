@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from graftc.compat.modules import children_of
 from graftc.compiler.capture.isolation import exclusive
-from graftc.compiler.capture.signature import fits
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.live.elements import Recorded, as_inputs, in_autocast, mode_of, place_in_row, without_autocast
+from graftc.compiler.live.elements import Recorded, as_inputs, mode_of, place_in_row, without_autocast
 from graftc.compiler.live.levels import READS, deciding, tried
 from graftc.compiler.live.own_state import copies, with_own_buffers
 from graftc.compiler.signatures import add_signature
@@ -113,13 +112,16 @@ class _Call:
 
         The graph that was valid for the element's last call is tried first.
         """
-        holding = self._holding()
-        if len(holding) > 1:
-            holding.sort(key=lambda signature: signature != vars(self._module).get(_LAST))
-        for signature in holding:
-            outcome, _ = self._outcome(signature)
+        shown = self._runner.shown
+        served = [
+            each for each in shown.served.of(shown.compilation, self._path, self.structure) if each.fits(self._tensors)
+        ]
+        if len(served) > 1:
+            served.sort(key=lambda each: each.signature != vars(self._module).get(_LAST))
+        for each in served:
+            outcome, _ = self._outcome(each.signature, each.structure)
             if outcome is not None:
-                vars(self._module)[_LAST] = signature
+                vars(self._module)[_LAST] = each.signature
                 return outcome
         return None
 
@@ -132,7 +134,7 @@ class _Call:
         structure = self.structure
         for _ in range(_TRIES):
             signature, structure = self._add(structure)
-            outcome, decided = self._outcome(signature)
+            outcome, decided = self._outcome(signature, structure)
             if outcome is not None:
                 return outcome
             mode = mode_of(self._module)
@@ -142,38 +144,19 @@ class _Call:
         message = f"{self._path} decides by the values of tensors, and graphs captured for its decisions do not match"
         raise GraftError("GC031", message, hint="compile with example inputs that lead to these decisions")
 
-    def _holding(self) -> list[Signature]:
-        """Return the signatures whose graphs fit calls of this kind, whatever the call decides."""
-        compilation: Compilation = self._runner.shown.compilation
-        signatures = []
-        for signature in compilation.signatures:
-            base = compilation.program_as_run("train", "base", signature)
-            structure = calls_in(base.flags).get(self._path)
-            if structure is None or structure.undecided != self.structure:
-                continue
-            specs = [spec for spec in base.inputs if spec.name in self._inputs]
-            kinds = ((self._inputs[spec.name], spec) for spec in specs)
-            alike = all(_of_type(tensor, spec.dtype) and tensor.dim() == len(spec.shape) for tensor, spec in kinds)
-            if alike and len(specs) == len(self._inputs) and fits(specs, self._inputs):
-                signatures.append(signature)
-                if not structure.decides:
-                    break
-        return signatures
-
-    def _outcome(self, signature: Signature) -> tuple[Outcome | None, list[bool]]:
-        """Run the graph of a signature; return its results and the call's decisions.
+    def _outcome(self, signature: Signature, structure: CallStructure) -> tuple[Outcome | None, list[bool]]:
+        """Run the graph of a signature, in which the call has this structure; return its results and decisions.
 
         If the graph is not valid for these decisions, the results are None and the graph's effects are undone.
         """
         runner = self._runner
-        key = runner.key(signature, runner.mode_of(signature))
+        key = vars(self._module)["_graftc_ran"].key(runner, signature)
         if not runner.shown.has(key):
             with exclusive():
                 if not runner.shown.has(key):
                     runner.install(key, runner.as_run(key))
         executable = runner.shown.executables[key]
         code: ElementCode = executable.known[ELEMENTS][self._path]
-        structure = calls_in(executable.program.flags)[self._path]
         taken = structure.decisions(mode_of(self._module))
         undo = self._undo(executable.once("updated", lambda program: tuple(updated(program.graph)))) if taken else None
         results = code.run(runner.module, *(self._inputs[name] for name in code.inputs))
@@ -253,11 +236,6 @@ _TRIES = 4
 
 ELEMENTS = "elements"
 """The key of the elements' code in an executable's `known`."""
-
-
-def _of_type(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a graph for a dtype accepts a tensor."""
-    return tensor.dtype == dtype or (dtype.is_floating_point and in_autocast(tensor))
 
 
 def _captured(compilation: Compilation, path: str, calls: Recorded) -> Signature:

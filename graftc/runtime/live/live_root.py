@@ -19,7 +19,9 @@ from graftc.compiler.live.elements import is_live
 from graftc.compiler.live.refusals import adapted_tensors
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.elements.calls import elements_in
+from graftc.passes.core.ir.program_key import ProgramKey, Signature
 from graftc.passes.core.weights.sharding import is_unit
+from graftc.passes.core.weights.store import Store
 from graftc.runtime.live.deferred_logits import deferred, is_head
 from graftc.runtime.live.element_run import GraphRunner, run_element
 from graftc.runtime.live.guarded import RUNNING, guarded, runs_base
@@ -36,13 +38,20 @@ class _Ran:
 
     def __init__(self) -> None:
         self._runners: dict[int, GraphRunner] = {}
+        self._keys: dict[tuple[int, Signature], ProgramKey] = {}
         self.chunked = False
 
     def note(self, runner: GraphRunner) -> None:
         """Record a call by a Runner, and forget the Runners that now show another view."""
         known = {shown: each for shown, each in self._runners.items() if id(each.shown) == shown}
         known.setdefault(id(runner.shown), runner)
-        self._runners, self.chunked = known, False
+        self._runners, self._keys, self.chunked = known, {}, False
+
+    def key(self, runner: GraphRunner, signature: Signature) -> ProgramKey:
+        """Return the key of the Program that a Runner runs; the modes of modules do not change within a call."""
+        if (known := self._keys.get((id(runner), signature))) is None:
+            known = self._keys[id(runner), signature] = runner.key(signature, runner.mode_of(signature))
+        return known
 
     def only(self, path: str) -> GraphRunner:
         """Return the only Runner that has called the model.
@@ -122,6 +131,8 @@ class LiveRoot:
                 if not name:
                     vars(module)["_graftc_ran"] = self._ran
         self._modules = list(self.model.named_modules(remove_duplicate=False))
+        numbers = {path: number for number, (path, _) in enumerate(self._modules)}
+        self._above = [(numbers[path.rpartition(".")[0]], path.rpartition(".")[2]) for path in numbers]
         self._own = OwnBuffers((path, module) for path, module in self._modules if id(module) not in self._inside)
         self._hooked: dict[tuple[str, str], set[int]] = {}
 
@@ -178,9 +189,11 @@ class LiveRoot:
         if is_unit(runner.module):
             message = "FSDP2 shards modules that are graphs, but this model runs its own Python between graphs"
             raise GraftError("GC130", message, hint="replicate it with DistributedDataParallel")
-        hooked = bool(self._hooked)
-        for path, module in self._modules:
-            prefix, container = f"{path}." if path else "", runner.store.nearest(path)
+        hooked, store = bool(self._hooked), runner.store
+        containers: list[nn.Module] = []
+        for (path, module), (above, last) in zip(self._modules, self._above, strict=True):
+            container = store.inside(containers[above], last) if path else store.root
+            containers.append(container)
             vars(module)["training"] = container.training
             if path and (hooked or any(vars(container)[hooks] for hooks in CALL_HOOKS)):
                 self._hook(path, module, container)
@@ -189,12 +202,13 @@ class LiveRoot:
             for table in tables:
                 for name, tensor in table.items():
                     if tensor is not None:
-                        table[name] = self._seen(runner, f"{prefix}{name}")
+                        own = parameters_of(container).get(name)
+                        table[name] = self._seen(store, f"{path}.{name}" if path else name, own)
         self._own.bind(runner.store, base=runs_base(runner))
 
-    def _seen(self, runner: GraphRunner, name: str) -> Tensor:
+    def _seen(self, store: Store, name: str, tensor: Tensor | None) -> Tensor:
         """Return a tensor of the Store as the Python between graphs sees it."""
-        tensor, owner = runner.store.get(name), runner.store.canonical(name)
+        tensor, owner = store.get(name) if tensor is None else tensor, store.canonical(name)
         if owner not in self._adapted:
             return tensor
         known = self._guarded.get(owner)

@@ -34,6 +34,7 @@ from graftc.runtime.hooks.boundaries import heard_module, learn_modules, stoppin
 from graftc.runtime.hooks.embeddings import call_hooks
 from graftc.runtime.hooks.layer_calls import Hearing, LayerCall, Running, hooks_everywhere, running, unknown_call
 from graftc.runtime.hooks.layer_learning import Border, learn_layers
+from graftc.runtime.live.served import ServedCalls
 from graftc.runtime.model.blocks import Block
 
 Value = TypeVar("Value")
@@ -76,6 +77,7 @@ class AdaptedView:
         off: the adaptations that it leaves out.
         steering: the controllers and objectives that steer its training; None until requested.
         device_type: the device type that its code is for.
+        served: of a model that is taken apart, the calls that its graphs serve.
     """
 
     compilation: Compilation
@@ -84,6 +86,7 @@ class AdaptedView:
     off: frozenset[str] = frozenset()
     steering: Steerings | None = None
     device_type: str = ""
+    served: ServedCalls = field(default_factory=ServedCalls)
 
     def has(self, key: ProgramKey) -> bool:
         """Return whether there is code for a key."""

@@ -30,7 +30,7 @@ from torch import nn
 from graftc.compat.hooks import BACKWARD, FORWARD, global_hooks
 from graftc.compat.modules import RUN_BY_CALLS, children_of, is_compiled, transient_of
 from graftc.compat.operators import OperatorBase, OpOverloadPacket
-from graftc.compat.transformers import ABOUT_ORIGIN, recorded_outputs
+from graftc.compat.transformers import ABOUT_ORIGIN, OF_A_PROCESS, recorded_outputs
 from graftc.compiler.capture.identity.fingerprint import config_digest
 from graftc.compiler.capture.identity.objects import (
     VALUES,
@@ -444,7 +444,7 @@ class _Walk:
         entered: set[int] = set()
 
         def reach(name: str, value: Any) -> None:
-            if name in reached:
+            if name in reached or name == OF_A_PROCESS:
                 return
             if not isinstance(value, types.ModuleType):
                 reached[name] = self._value(value, f"{label}: {name}", strict=strict)

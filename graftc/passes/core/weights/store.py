@@ -169,6 +169,11 @@ class Store:
             module = _unwrapped(child)
         return module, []
 
+    def inside(self, container: nn.Module, name: str) -> nn.Module:
+        """Return a container's child with this name, without wrappers around it, or the container if it has none."""
+        child = children_of(container).get(name)
+        return container if child is None else _unwrapped(child)
+
     def replace_container(self, path: str, kind: type[C]) -> C:
         """Replace the container at ``path`` with one of another class, which adopts its contents."""
         old = self.owner(path)
