@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
+from graftc.compiler.capture.refusals import by_values
 from graftc.specs.errors.diagnostics import GraftError
 
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "last"}}]}
@@ -87,6 +88,21 @@ def test_one_trace_and_the_place(model: type[nn.Module], monkeypatch: pytest.Mon
     start = lines.index(f"class {model.__name__}(Layered):")
     line = next(number for number, text in enumerate(lines[start:], start + 1) if "# here" in text)
     assert f"{__file__}:{line} in decided" in caught.value.message
+
+
+def test_a_circle_of_causes() -> None:
+    """An error may lead to itself, where one that was stored is raised again."""
+
+    class CircularError(Exception):
+        asked = False
+
+        @property
+        def __cause__(self) -> CircularError:  # type: ignore[override]
+            assert not self.asked
+            self.asked = True
+            return self
+
+    assert not by_values(CircularError())
 
 
 class OverTime(nn.Module):

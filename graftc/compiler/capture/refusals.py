@@ -109,8 +109,10 @@ def by_values(error: BaseException | None) -> bool:
 
 
 def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and the errors that led to it."""
-    while error is not None:
+    """Yield an error and the errors that led to it, each once: a chain may be a circle."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
 
