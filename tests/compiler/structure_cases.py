@@ -152,6 +152,19 @@ class Einsum(nn.Module):
         return x
 
 
+class Behind(nn.Module):
+    """A residual branch over what comes after the first tokens, as a Q-Former's over its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, INNER), nn.Linear(INNER, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, 4:]
+        result: Tensor = x + self.down(torch.relu(self.up(x)))
+        return result
+
+
 class Odd(nn.Module):
     """Residual branches of no known form."""
 

@@ -22,7 +22,7 @@ from graftc.specs.claims import SiteKind
 from graftc.specs.errors.text import format_layers, format_runs
 from graftc.specs.roles import parse_role
 from tests.compiler.perturbation import attention_of, moved, noise, own_rows, perturbed, stored_rows
-from tests.compiler.structure_cases import VALUES, Captured, Einsum, Misnamed, Odd, Packed, captured, family
+from tests.compiler.structure_cases import VALUES, Behind, Captured, Einsum, Misnamed, Odd, Packed, captured, family
 from tests.compiler.structure_expected import EXPECTED, EXPERTS, LAYERS, MIXERS, UNRESOLVED
 from tests.compiler.structure_models import MODELS, D
 
@@ -323,6 +323,11 @@ def test_unknown_forms_are_unresolved_and_never_guessed() -> None:
     assert "not as a gated product" in reasons["join"]
     assert "neither of the factors" in reasons["plain"]
     assert "cannot be followed" in reasons["halves"]
+
+
+@pytest.mark.slow
+def test_more_tokens_cut_off_than_the_small_sizes_have() -> None:
+    assert captured(Behind(), VALUES).structure.by_role().keys() == {"ffn.up", "ffn.down"}
 
 
 # --- parts -----------------------------------------------------------------------------------------------

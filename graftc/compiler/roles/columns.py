@@ -155,7 +155,7 @@ class Columns:
         self.through[node] = Through.NOTHING
         if isinstance(node.meta.get("val"), Tensor):
             shape = self.shape(node)
-            if shape:
+            if shape and min(shape) >= 0:
                 axes = self._axes(node, shape)
                 own = self._patterns.once(("source", shape, axes), (), lambda: columns_along(shape, axes))
                 self._index[node] = self._patterns.source(own, number)
