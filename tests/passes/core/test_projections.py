@@ -210,6 +210,17 @@ def test_functional_transforms_and_compilers_see_plain_products(monkeypatch: pyt
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_results_may_be_written_to() -> None:
+    """As Python around a map may do: Longformer divides its queries in place."""
+    given = tensors()
+    grads = []
+    for results in (fused(*given), plain(*given)):
+        for result in results:
+            result.div_(3)
+        grads.append(torch.autograd.grad([result.sum() for result in results], given))
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
 def test_nothing_that_others_read_is_written_to() -> None:
     given = tensors()
     before = [t.detach().clone() for t in given]

@@ -137,7 +137,9 @@ class _Projections(torch.autograd.Function):
 
 def _mapped(x: Tensor, transposed: bool, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     own = x if transposed else x.contiguous()
-    return product(own, cast(weight, dtype), None if bias is None else cast(bias, dtype), transposed)
+    result = product(own, cast(weight, dtype), None if bias is None else cast(bias, dtype), transposed)
+    # ``linear`` returns a view, and autograd forbids to write into views that a function with several results returns.
+    return result.data
 
 
 def _narrowed(plan: Plan, given: Given, source: int, down: Tensor) -> Tensor:
