@@ -31,7 +31,7 @@ from graftc.compat.operators import HigherOrderOperator
 from graftc.compat.transformers import export_patches
 from graftc.compiler.capture.alike.modules import Place
 from graftc.compiler.capture.alike.repeats import Repeats, numbers_read, traced_once
-from graftc.compiler.capture.alike.written import written_once
+from graftc.compiler.capture.alike.written import SizesFromDataError, written_once
 from graftc.compiler.capture.anchored import Anchor
 from graftc.compiler.capture.as_captured import as_captured, called_with, replaced, traced_names
 from graftc.compiler.capture.as_traced import kernels_as_chosen
@@ -150,6 +150,8 @@ def _captured(request: CaptureRequest, *, alike: bool, hide: bool) -> Capture | 
                 exported, sizes = _export(model, axes, inputs, repeats, asserted)
                 result = _program(exported, sizes.specs(), request.aliases, asserted, repeats)
             require_products(result.traced.graph)
+        except SizesFromDataError:
+            return None
         except Exception as error:
             if len(repeats.hidden) and not by_values(error):
                 raise _SeenError from error
@@ -312,7 +314,7 @@ def _require_plain(module: fx.GraphModule, node: fx.Node) -> None:
     """Raise unless a node is a tensor or an operator on values, as opposed to an operator that contains code.
 
     Raises:
-        TypeError: naming the operator and the module that calls it.
+        UntraceableError: naming the operator and the module that calls it.
     """
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
@@ -328,7 +330,8 @@ def _require_plain(module: fx.GraphModule, node: fx.Node) -> None:
     path, cls = stack[-1] if stack else ("", type(module))
     where = _REPEAT.sub("", str(path)) or "the model"
     of = cls if isinstance(cls, str) else cls.__qualname__
-    raise TypeError(f"{where} ({of.rpartition('.')[2]}) calls {holder.target}, which is not an operator on tensors")
+    message = f"{where} ({of.rpartition('.')[2]}) calls {holder.target}, which is not an operator on tensors"
+    raise UntraceableError(TypeError(message))
 
 
 def _module_path(node: fx.Node) -> str:

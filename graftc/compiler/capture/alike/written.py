@@ -31,6 +31,10 @@ class NotAlikeError(Exception):
     """Raised if the nodes of one layer cannot replace a call to another."""
 
 
+class SizesFromDataError(NotAlikeError):
+    """Raised if sizes in a layer depend on values."""
+
+
 def written_once(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str], inputs: Sequence[str]) -> None:
     """Write out the traced nodes for each kind's second layer, and turn later layers, except the last, into calls.
 
@@ -162,7 +166,7 @@ class _Writing:
             if node not in segment.results and not self._marks.issuperset(outside):
                 raise NotAlikeError(f"{node} of {path} is used outside of it")
             if free_unbacked_symbols(node.meta.get("val")):
-                raise NotAlikeError(f"sizes in {path} depend on data")
+                raise SizesFromDataError(f"sizes in {path} depend on data")
 
     def _require_same(self, a: _Segment, b: _Segment) -> None:
         """Check that two calls compute the same function."""
