@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from graftc.compiler.capture.attempts import first_capture
 from graftc.compiler.capture.capture import Capture
-from graftc.compiler.capture.capture_cache import Known, captured, key
+from graftc.compiler.capture.capture_cache import Known, key
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import Flags, device_of
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.live.elements import as_inputs, layers_of, maps_of, union_of
+from graftc.compiler.live.kinds import captured_by_kinds
 from graftc.compiler.live.levels import taken_apart
 from graftc.compiler.live.refusals import refuse_whole
 from graftc.compiler.missing_weights import same_fresh
@@ -114,19 +115,19 @@ def _quantise(prepared: Prepared) -> Prepared:
     model, spec, start = prepared.model, prepared.spec, prepared.start
     if spec.base.quantize is None:
         return prepared
-    aliases = Store.mirror(model).aliases
+    apart = _take_apart(prepared)
+    aliases = Store.mirror(apart.model).aliases
 
     def attempt(axes: Sequence[Axis]) -> tuple[CaptureRequest, Capture]:
-        request = CaptureRequest(model, tuple(axes), prepared.flags, aliases=aliases)
-        return request, captured(request, use_cache=start.use_cache, known=start.known)
+        request = CaptureRequest(apart.model, tuple(axes), apart.flags, aliases=aliases)
+        return request, captured_by_kinds(request, apart.start.known, use_cache=start.use_cache)
 
-    request, capture = first_capture(model, prepared.axes, attempt)
+    request, capture = first_capture(apart.model, apart.axes, attempt)
     packed = same_fresh(model, quantised(model, spec.base, linear_maps(capture)))
-    name = key(replace(request, model=packed))
+    again = replace(apart, model=packed, source=packed)  # so that nothing keeps the original weights alive
+    name = key(replace(request, model=_take_apart(again).model))
     return replace(
-        prepared,
-        model=packed,
-        source=packed,  # so that nothing keeps the original weights alive
+        again,
         start=start if name is None else replace(start, known={**start.known, name: capture.again}),
         unpacked=dict(model.named_parameters(remove_duplicate=False)),
     )

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from torch import nn
 from transformers import AutoModel
 
 import graftc
 from graftc.applications.demo.data import find_model
 from graftc.testing import perturb, tiny
-from tests.kit.packed_bases import FAMILIES, FOLDING, KINDS, full_precision, on_packed
+from tests.kit.packed_bases import FAMILIES, FOLDING, KINDS, full_precision, in_4_bits, on_packed
 
 pytestmark = pytest.mark.gate
 
@@ -31,23 +28,6 @@ def test_folds(family: str, method: str, kind: str) -> None:
     assert worst < (0.01 if kind == "int8" else 0.12)
     if kind == "int8":
         assert requantised.certificate.retention.norm > 0.9
-
-
-def in_4_bits(model: nn.Module, names: set[str]) -> nn.Module:
-    """Return the model with bitsandbytes modules instead of some linear maps."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    copied: Any = copy.deepcopy(model)
-    for name in names:
-        old = copied.get_submodule(name)
-        own = {"compress_statistics": False, "quant_type": "nf4"}
-        new = bitsandbytes.nn.Linear4bit(old.in_features, old.out_features, old.bias is not None, torch.float32, **own)
-        new.weight = bitsandbytes.nn.Params4bit(old.weight.data.clone(), requires_grad=False, **own)
-        if old.bias is not None:
-            new.bias = nn.Parameter(old.bias.data.clone(), requires_grad=False)
-        parent, _, last = name.rpartition(".")
-        setattr(copied.get_submodule(parent), last, new.to("cpu"))
-    copied.is_loaded_in_4bit = True
-    return copied
 
 
 def llama() -> nn.Module:

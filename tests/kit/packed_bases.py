@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,24 @@ def spec_of(family: str, method: str, **base: Any) -> dict[str, Any]:
         inner = [] if family == "mixtral" and method in ("ia3", "spiel") else ["experts"]
         own["target"] = {"role": ["attn.q", "attn.v", *(inner if family == "mixtral" else ["ffn.down"])]}
     return {"adapt": [own], **({"base": base} if base else {})}
+
+
+def in_4_bits(model: nn.Module, names: set[str]) -> nn.Module:
+    """Return the model with bitsandbytes modules instead of some linear maps."""
+    import bitsandbytes
+
+    copied: Any = copy.deepcopy(model)
+    for name in names:
+        old = copied.get_submodule(name)
+        own = {"compress_statistics": False, "quant_type": "nf4"}
+        new = bitsandbytes.nn.Linear4bit(old.in_features, old.out_features, old.bias is not None, torch.float32, **own)
+        new.weight = bitsandbytes.nn.Params4bit(old.weight.data.clone(), requires_grad=False, **own)
+        if old.bias is not None:
+            new.bias = nn.Parameter(old.bias.data.clone(), requires_grad=False)
+        parent, _, last = name.rpartition(".")
+        setattr(copied.get_submodule(parent), last, new.to("cpu"))
+    copied.is_loaded_in_4bit = True
+    return copied
 
 
 @cache

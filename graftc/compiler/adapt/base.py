@@ -10,7 +10,7 @@ from graftc.compiler.capture.anchor import Anchor, anchor
 from graftc.compiler.capture.as_captured import random_structure
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.capture import capture as capture_model
-from graftc.compiler.capture.capture_cache import captured, forget, keep
+from graftc.compiler.capture.capture_cache import forget, keep
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.capture.untraced import unkept
@@ -41,9 +41,7 @@ def take(work: Work, request: CaptureRequest, log: Log) -> Capture:
         GraftError: GC041 if they differ.
     """
     compilation = work.compilation
-    live = is_live(compilation.model)
-    take_from = captured_by_kinds if live else captured
-    capture = take_from(request, compilation.known, use_cache=compilation.use_cache)
+    capture = captured_by_kinds(request, compilation.known, use_cache=compilation.use_cache)
     from_cache = capture.cached
     try:
         capture = _checked(compilation, capture, log, request.axes)

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from graftc.compat import pytree
 from graftc.compat.modes import TorchDispatchMode
 from graftc.compat.operators import schema_of
+from graftc.passes.core.ops.unpack import UNPACK
 from graftc.specs.errors.diagnostics import GraftError
 
 
@@ -29,6 +31,7 @@ def observed(mode: TorchDispatchMode) -> Iterator[None]:
 class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode that records which of a model's parameters operators read while ``recording`` returns true.
 
+    Computing a packed weight is not a read of it, but reading the values is a read of its first part.
     Writing different values to a parameter raises GC030 and has no effect.
 
     Args:
@@ -47,11 +50,17 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._model, self._recording = type(model).__name__, recording
         by_memory = {_memory(parameter): name for name, parameter in model.named_parameters()}
         self._names = {memory: name for memory, name in by_memory.items() if memory}  # 0 for wrapped and empty ones
+        self._values: dict[int, tuple[Any, str]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = kwargs or {}
+        if func is UNPACK:
+            values = func(*args, **options)
+            if (name := self._name(args[0][0])) is not None:
+                self._values[_memory(values)] = _reference(values), name
+            return values
         schema = schema_of(func) if isinstance(func, torch._ops.OpOverload) else None
         written = self._written(schema, args, options) if schema is not None and schema.is_mutable else {}
         if written:
@@ -91,12 +100,20 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return pytree.tree_map(lambda leaf: originals.get(id(leaf), leaf), result)
 
     def _name(self, tensor: Tensor) -> str | None:
-        return self._names.get(_memory(tensor)) if tensor.numel() else None
+        memory = _memory(tensor) if tensor.numel() else 0
+        if memory in self._values and not self._values[memory][0].expired():
+            return self._values[memory][1]
+        return self._names.get(memory)
 
 
 def _is_view(schema: Any) -> bool:
     """Return whether an operator only returns another view of a tensor."""
     return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def _reference(tensor: Tensor) -> Any:
+    """Return a weak reference to a tensor's memory, which may be that of another tensor afterwards."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _memory(tensor: Tensor) -> int:

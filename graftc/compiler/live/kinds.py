@@ -38,10 +38,10 @@ _SYMBOL = re.compile(r"\bs(\d+)\b")
 
 
 def captured_by_kinds(request: CaptureRequest, known: Known, *, use_cache: bool, alike: bool = True) -> Capture:
-    """Return the capture of a union, composed of one capture for each kind of call.
+    """Return the capture of a union, composed of one capture for each kind of call, or of a model that is one graph.
 
     Args:
-        request: the union, and the calls to its elements.
+        request: the union with the calls to its elements, or the model.
         known: existing captures, by key; see `captured`.
         use_cache: whether to look up and store the captures of kinds in the user's cache folder.
         alike: whether elements share a capture; otherwise, each is captured on its own.
@@ -49,10 +49,12 @@ def captured_by_kinds(request: CaptureRequest, known: Known, *, use_cache: bool,
     Raises:
         GraftError: GC030 if torch.export cannot capture an element.
     """
+    structures = calls_in(request.flags)
+    if not structures:
+        return captured(request, known, use_cache=use_cache)
     whole = key(request)
     if (before := known.get(whole or "")) is not None and (capture := before()) is not None:
         return replace(capture, key=whole)
-    structures = calls_in(request.flags)
     axes = {axis.name: axis for axis in request.axes}
     names = {path: input_names(path, axes) for path in structures}
     contents = contents_of(request.model, structures) if alike else {}

@@ -43,7 +43,7 @@ def _of_the_whole(spec: Spec) -> Iterator[tuple[str, str]]:
         (by_rows, "compose", "rows that choose among adaptations"),
         (spec.tokens is not None, "tokens", "added tokens"),
         (spec.cloze is not None, "cloze", "blanks"),
-        (spec.base.quantize is not None, "base.quantize", "packed weights"),
+        (bool(spec.base.quantize and spec.layer_replication), "base.quantize", "packed weights of replicated layers"),
     )
     yield from ((path, what) for is_there, path, what in others if is_there)
 
@@ -58,7 +58,9 @@ def refuse_read(compilation: Compilation, names: Iterable[str]) -> None:
     Raises:
         GraftError: GC149 naming the first of them that is adapted.
     """
-    read, adapted = {compilation.store.canonical(name) for name in names}, adapted_tensors(compilation)
+    store, adapted = compilation.store, adapted_tensors(compilation)
+    weight_of = store.weight_of
+    read = {store.canonical(weight_of.get(name, name)) for name in names}
     for name in sorted(read & adapted.keys()):
         message = f"{adapted[name][-1]!r} adapts {name}, which the model's own Python code also reads between graphs"
         raise GraftError("GC149", message, hint="leave it out, or let the model call the module instead")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graftc.compat import pytree
+from graftc.passes.core.packing.packing import weight_name
 from graftc.runtime.live.element_run import GraphRunner
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -34,8 +35,8 @@ _ALLOWED: frozenset[object] = frozenset(
     + list(_FUNCTIONS)
 )
 """Functions that read no values."""
-_SAME: tuple[object, ...] = (Tensor.data.__get__, Tensor.detach)  # type: ignore[attr-defined]
-"""Functions that return the same tensor."""
+_SAME: tuple[object, ...] = (Tensor.data.__get__, Tensor.detach, torch.ops.graftc.unpack)  # type: ignore[attr-defined]
+"""Functions that return the same tensor, or the packed weight whose parts they are given."""
 
 
 def _writes(func: Callable[..., Any]) -> bool:
@@ -69,7 +70,8 @@ class Guarded(torch.Tensor):
         options = kwargs or {}
         if func in _SAME:
             with torch.DisableTorchFunctionSubclass():
-                return guarded(func(*args, **options), args[0]._graftc_name, args[0]._graftc_adaptations)
+                held: Any = args[0] if isinstance(args[0], Tensor) else args[0][0]
+                return guarded(func(*args, **options), weight_name(held._graftc_name), held._graftc_adaptations)
         if func not in _ALLOWED:
             read = pytree.tree_leaves((args[1:] if _writes(func) else args, dict(options)))
             _refuse_adapted(leaf for leaf in read if isinstance(leaf, Guarded))

@@ -20,6 +20,7 @@ from graftc.compiler.live.refusals import adapted_tensors
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.ir.program_key import ProgramKey, Signature
+from graftc.passes.core.packing.modules import hold_values
 from graftc.passes.core.weights.sharding import is_unit
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.live.deferred_logits import deferred, is_head
@@ -114,13 +115,19 @@ class LiveRoot:
 
     Args:
         source: the model that was compiled; it is not changed.
+        store: the tensors to run on, whose weights are packed as the source's, or all in full precision.
         elements: the paths of its layers that run as graphs.
         adapted: for each tensor (by name) whose values the Python between graphs must not read, its adaptations.
     """
 
-    def __init__(self, source: nn.Module, elements: Collection[str], adapted: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self, source: nn.Module, store: Store, elements: Collection[str], adapted: Mapping[str, tuple[str, ...]]
+    ) -> None:
         self.model: nn.Module = sharing_copy(source)
-        self._adapted, self._guarded = adapted, dict[str, tuple[Tensor, Tensor]]()
+        for module in self.model.modules() if not store.packed else ():
+            hold_values(module, empty=True)
+        self._adapted = {part: owners for name, owners in adapted.items() for part in store.parts_of(name)}
+        self._guarded: dict[str, tuple[Tensor, Tensor]] = {}
         self._ran, self._warned = _Ran(), False
         self._inside: dict[int, bool] = {}
         for path in elements:
@@ -137,11 +144,11 @@ class LiveRoot:
         self._hooked: dict[tuple[str, str], set[int]] = {}
 
     @classmethod
-    def of(cls, compilation: Compilation) -> LiveRoot | None:
+    def of(cls, compilation: Compilation, store: Store) -> LiveRoot | None:
         """Return a live root for a compiled model; None if the model is one graph."""
         if not is_live(compilation.model):
             return None
-        return cls(compilation.source, elements_in(compilation.flags), adapted_tensors(compilation))
+        return cls(compilation.source, store, elements_in(compilation.flags), adapted_tensors(compilation))
 
     def call(self, runner: GraphRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the outputs of a call, as the source model returns them.

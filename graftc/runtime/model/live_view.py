@@ -53,7 +53,7 @@ def live_view(runner: ModelRunner, shown_by: Callable[[nn.Module], Any] | None =
         known = runner.derived[name] = (
             shown,
             view,
-            LiveRoot(own.source, elements_in(compilation.flags), adapted_tensors(compilation)),
+            LiveRoot(own.source, runner.store, elements_in(compilation.flags), adapted_tensors(compilation)),
         )
     beside = copy.copy(runner)
     _, beside.shown, beside.live = known

@@ -79,7 +79,7 @@ class ModelRunner(Runner):
         super().__init__(compilation, store)
         model = compilation.model
         self.compilation = compilation
-        self.live = LiveRoot.of(compilation)
+        self.live = LiveRoot.of(compilation, store)
         self.hearing.live = self.live is not None
         self.interface = Interface(model if self.live is None else compilation.source)
         self.derived: dict[Any, Any] = {}
@@ -406,7 +406,7 @@ class ModelRunner(Runner):
     def copied(self) -> None:
         """Reset the state that belongs to the original module; called on the Runner of a copy."""
         self.derived = {}  # this describes the original
-        self.live = LiveRoot.of(self.compilation)
+        self.live = LiveRoot.of(self.compilation, self.store)
 
     def complete(self) -> Any:
         """Return a Runner that leaves out no adaptation: here, this one."""

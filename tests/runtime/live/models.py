@@ -73,14 +73,16 @@ class Case:
     second: dict[str, Any]
 
 
-def qwen2_vl() -> Case:
+def qwen2_vl(width: int = 32) -> Case:
     """A model with images of any size: lengths of windows are values of a tensor, so vision layers are not graphs."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
-    rope = {"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    vision = {"depth": 2, "embed_dim": width, "hidden_size": width, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
+    sections = [width // 32, width // 32, width // 16]
+    rope = {"rope_type": "default", "type": "default", "mrope_section": sections, "rope_theta": 10000.0}
+    sizes = {"hidden_size": width, "intermediate_size": width * 3 // 2, "head_dim": width // 4}
     config = Qwen2VLConfig(
-        text_config={**TEXT, "rope_parameters": rope},
+        text_config={**TEXT, **sizes, "rope_parameters": rope},
         vision_config=vision,
         image_token_id=IMAGE,
         video_token_id=93,

@@ -59,37 +59,54 @@ class Model(nn.Module):
         return self.head(x)
 
 
-def own_adapted(method: str) -> tuple[Any, nn.Module, Tensor]:
+def own_adapted(method: str, **spec: Any) -> tuple[Any, nn.Module, Tensor]:
     torch.manual_seed(0)
     model, x = Model().eval().requires_grad_(False), torch.randn(2, 8)
     entry = {"method": method, "name": "own", "target": {"modules": "layers.*.o"}}
-    return adapted(model, entry, inputs={"x": x}, cache=False, noise=0.3), model, x
+    return adapted(model, entry, inputs={"x": x}, cache=False, noise=0.3, **spec), model, x
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "refused"),
+    ("method", "refused", "base"),
     [
-        ("lora", {"weight", "data", "bias", "in place", "listed"}),
-        ("full", {"weight", "data", "bias", "in place", "listed"}),
-        ("bitfit", {"bias", "in place", "listed"}),
+        ("lora", {"weight", "data", "bias", "in place", "listed"}, {}),
+        ("lora", {"weight", "data", "bias", "in place", "listed"}, {"quantize": "int8"}),
+        ("full", {"weight", "data", "bias", "in place", "listed"}, {}),
+        ("bitfit", {"bias", "in place", "listed"}, {}),
     ],
 )
-def test_reading_values_is_refused_and_asking_for_types_is_not(method: str, refused: set[str]) -> None:
-    compiled, model, x = own_adapted(method)
-    merged = compiled.merge()
-    plain = copy.deepcopy(model)
+def test_reading_values_is_refused_and_asking_for_types_is_not(
+    method: str, refused: set[str], base: dict[str, Any]
+) -> None:
+    compiled, given, x = own_adapted(method, base=base)
+    merged = compiled.merge(base="full") if base else compiled.merge()
+    model = compiled.compilation.source
+    plain = copy.deepcopy(given)
     plain.load_state_dict(merged.folded_state_dict())
     for read in (None, "types", "held", "weight", "data", "bias", "in place", "listed"):
         with compiled.disabled():
             assert torch.equal(compiled(x, read=read), model(x, read=read))
         torch.testing.assert_close(merged(x, read=read), plain(x, read=read))
         if read in refused:
-            with pytest.raises(GraftError, match=r"GC031.*layers\.0\.o\.(weight|bias) between graphs, but 'own'"):
+            names = r"(weight|bias|weight_codes)"
+            with pytest.raises(GraftError, match=rf"GC031.*layers\.0\.o\.{names} between graphs, but 'own'"):
                 compiled(x, read=read)
         else:
             torch.testing.assert_close(compiled(x, read=read), plain(x, read=read))
-    assert type(model.layers[0].o.weight) is nn.Parameter
+    assert type(given.layers[0].o.weight) is nn.Parameter
+
+
+@pytest.mark.slow
+def test_the_example_reads_values_of_a_packed_weight_or_asks_for_its_type() -> None:
+    entry = {"method": "lora", "rank": 2, "target": {"modules": "layers.*.o"}}
+    compiled, _, x = own_adapted("lora", base={"quantize": "int8"})
+    packed = compiled.compilation.source
+    again = adapted(packed, entry, inputs={"x": x, "read": "types"}, cache=False)
+    with again.disabled():
+        assert torch.equal(again(x, read="types"), packed(x, read="types"))
+    with pytest.raises(GraftError, match=r"GC149.*layers\.0\.o\.weight, which"):
+        adapted(packed, entry, inputs={"x": x, "read": "weight"}, cache=False)
 
 
 @pytest.mark.full

@@ -61,12 +61,13 @@ def hold_packed(module: nn.Module, packed: Mapping[str, Packed]) -> None:
     module.__class__ = _class_of(cls, tuple(all_types.items()))
 
 
-def hold_values(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+def hold_values(module: nn.Module, dtype: torch.dtype | None = None, *, empty: bool = False) -> None:
     """Undo `hold_packed`: make a module store the values of its packed weights as frozen parameters.
 
     Args:
         module: the module to change.
         dtype: the dtype of the values, which must be able to represent all of them; by default each weight's own.
+        empty: whether to leave the values out: the parameters are on the meta device, until others replace them.
     """
     packed = packed_types(module)
     if not packed:
@@ -74,7 +75,10 @@ def hold_values(module: nn.Module, dtype: torch.dtype | None = None) -> None:
     first = {own.names(name)[0]: name for name, own in packed.items()}
     parts = {part for name, own in packed.items() for part in own.names(name)}
     parameters = dict(parameters_of(module))
-    values = {name: packed_value(module, name) for name in packed}
+    values = {
+        name: torch.empty(own.shape, dtype=own.dtype, device="meta") if empty else packed_value(module, name)
+        for name, own in packed.items()
+    }
     parameters_of(module).clear()
     for name, parameter in parameters.items():
         if name in first:
