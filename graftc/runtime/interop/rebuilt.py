@@ -25,8 +25,9 @@ from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.remove_folded import take_out
 from graftc.specs.errors.diagnostics import GraftError
 
-_STATE = frozenset({"training", "gradient_checkpointing", "max_seq_len_cached"})
-"""Numbers of modules that change in use, without changing what an evaluation computes."""
+_STATE = frozenset({"training", "gradient_checkpointing", "max_seq_len_cached", "vocab_size", "tie_word_embeddings"})
+"""Numbers of modules that change in use, without changing what an evaluation computes, or that only repeat what the
+tensors show; transformers' own resizing of tables changes such a number at the root alone."""
 
 _LIBRARIES = ("accelerate.", "transformers.", "torch.")
 """Packages whose hooks move and record tensors, without changing what a model computes."""

@@ -90,6 +90,15 @@ def test_state_of_training_is_no_setting() -> None:
     torch.testing.assert_close(merged.to_transformers()(IDS).logits, merged(IDS).logits)
 
 
+@pytest.mark.slow
+def test_numbers_that_repeat_what_tensors_show_are_no_settings() -> None:
+    """Resizing tables leaves the old number of tokens on Llama's stack of layers."""
+    model: Any = tiny("llama")
+    model.resize_token_embeddings(110)
+    merged = merged_of(model)
+    torch.testing.assert_close(merged.to_transformers()(IDS).logits, merged(IDS).logits)
+
+
 @pytest.mark.parametrize("changed", [replaced, redirected])
 def test_other_code_is_refused(changed: Any, tmp_path: Path) -> None:
     """Neither a model nor a folder is made, and the graph is exported as it is."""
