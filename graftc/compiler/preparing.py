@@ -140,7 +140,9 @@ def _replicate(prepared: Prepared) -> Prepared:
 
 def _untie(prepared: Prepared) -> Prepared:
     untie = prepared.spec.untie
-    return replace(prepared, model=untied(prepared.model, untie, prepared.axes)) if untie else prepared
+    # The axes of an earlier Compilation's calls are not those of the model, whose outputs it has compared.
+    axes = () if elements_in(prepared.flags) else prepared.axes
+    return replace(prepared, model=untied(prepared.model, untie, axes)) if untie else prepared
 
 
 def _make_room(prepared: Prepared) -> Prepared:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch import Tensor
 
 import graftc
 from graftc.runtime.sources.models import load_model
@@ -105,6 +107,24 @@ def test_it_is_kept_in_an_artifact(tmp_path: Path) -> None:
     loaded = graftc.load(tmp_path / "it").eval()
     inputs = inputs_for(compiled, (2, 5))
     assert same_bits(outputs_of(loaded, inputs), outputs_of(compiled, inputs))
+
+
+class Asking(transformers.GPT2LMHeadModel):
+    """A model that is taken apart, because it reads a value."""
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
+        return super().forward(-input_ids if bool((input_ids < 0).all()) else input_ids, **inputs)
+
+
+@pytest.mark.slow
+def test_it_is_kept_in_an_artifact_of_layers(tmp_path: Path) -> None:
+    base = Asking(tiny("gpt2").config).eval()
+    compiled = graftc.compile({"adapt": HEAD, "untie": ["lm_head"]}, base).eval()
+    perturb(compiled)
+    compiled.save(tmp_path / "it")
+    loaded = graftc.load(tmp_path / "it", base).eval()
+    ids = torch.tensor([[3, 7, 5]])
+    assert same_bits(loaded(input_ids=ids).logits, compiled(input_ids=ids).logits)
 
 
 def test_a_class_that_asks_whether_it_is_tied() -> None:
