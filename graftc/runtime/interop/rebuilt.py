@@ -6,8 +6,10 @@ hooks, ties and buffers that are not stored, is in the graphs but not in a model
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -65,6 +67,19 @@ def require_same_modules(compilation: Compilation, built: nn.Module) -> None:
     Raises:
         GraftError: GC052.
     """
+    difference = _difference(compilation, built)
+    if difference and _difference(compilation, _called(compilation, built)):
+        raise _not_as_built(difference)
+    if is_live(compilation.model):  # its Python code calls the graphs, and the hooks around them
+        for path, module in compilation.source.named_modules():
+            if (hook := next(_hooks_of(module), "")) and not any(True for _ in _hooks_of(built.get_submodule(path))):
+                raise _not_as_built(
+                    f"{path or 'the model'} has the hook {hook}, which {type(built).__name__} does not have"
+                )
+
+
+def _difference(compilation: Compilation, built: nn.Module) -> str:
+    """Return how a module of the model that was captured differs from that of a built one; empty if none does."""
     packed = {name.rpartition(".")[0] for name in compilation.store.packed}
     # The root of the model that is captured may be graftc's own, around the modules of the source.
     live = {**dict(compilation.model.named_modules(remove_duplicate=False)), "": compilation.source}
@@ -77,13 +92,17 @@ def require_same_modules(compilation: Compilation, built: nn.Module) -> None:
             difference = f"{other} of {path or 'the model'} was changed"
         else:
             continue
-        raise _not_as_built(f"{difference}; {type(built).__name__} builds a {type(module).__name__} there")
-    if is_live(compilation.model):  # its Python code calls the graphs, and the hooks around them
-        for path, module in compilation.source.named_modules():
-            if (hook := next(_hooks_of(module), "")) and not any(True for _ in _hooks_of(built.get_submodule(path))):
-                raise _not_as_built(
-                    f"{path or 'the model'} has the hook {hook}, which {type(built).__name__} does not have"
-                )
+        return f"{difference}; {type(built).__name__} builds a {type(module).__name__} there"
+    return ""
+
+
+def _called(compilation: Compilation, built: nn.Module) -> nn.Module:
+    """Return a copy of a model after a call, in which a class may change its modules: BigBird's do for short inputs."""
+    called = copy.deepcopy(built).to("meta").eval()
+    inputs = {axis.name: axis.example(torch.device("meta")) for axis in compilation.main.axes}
+    with suppress(Exception), torch.no_grad():
+        called(**inputs)
+    return called
 
 
 def require_same_outputs(merged: FoldedPrograms, model: Any, named: str) -> None:

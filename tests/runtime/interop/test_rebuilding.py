@@ -10,6 +10,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import graftc
@@ -95,6 +96,20 @@ def test_numbers_that_repeat_what_tensors_show_are_no_settings() -> None:
     """Resizing tables leaves the old number of tokens on Llama's stack of layers."""
     model: Any = tiny("llama")
     model.resize_token_embeddings(110)
+    merged = merged_of(model)
+    torch.testing.assert_close(merged.to_transformers()(IDS).logits, merged(IDS).logits)
+
+
+@pytest.mark.slow
+def test_what_a_class_changes_itself_is_allowed() -> None:
+    """BigBird's own forward replaces its attention by blocks if a text is short."""
+    sizes = {"vocab_size": 101, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = transformers.BigBirdConfig(**sizes, num_attention_heads=2, block_size=4, num_random_blocks=1)
+    model = transformers.BigBirdForSequenceClassification(config).eval()
+    attention = model.bert.encoder.layer[0].attention
+    before = type(attention.self)
+    model(IDS)
+    assert type(attention.self) is not before
     merged = merged_of(model)
     torch.testing.assert_close(merged.to_transformers()(IDS).logits, merged(IDS).logits)
 
