@@ -101,6 +101,7 @@ class Compilation:
         known: functions that return existing captures, by key; they return None if the file has since been removed.
         table: the graphs of every signature.
         every_layer: whether every layer is written out in all graphs of the table.
+        whole: the model that `model` is the union of elements of, whose own Python runs; None if `model` is one graph.
         in_the_way: the reasons why the model is not one graph, by the path of the stack of layers concerned; the reason
             for the whole model is under the empty path. Not stored in artifacts.
         codes_chosen_before: names of packed weights whose codes had been chosen by an adaptation before this
@@ -117,6 +118,7 @@ class Compilation:
     known: Known = field(default_factory=dict, repr=False)
     table: SignatureTable = field(default_factory=SignatureTable, repr=False)
     every_layer: bool = False
+    whole: nn.Module | None = field(default=None, repr=False)
     in_the_way: Mapping[str, str] = field(default_factory=dict, repr=False)
     codes_chosen_before: frozenset[str] = frozenset()
 

@@ -86,6 +86,7 @@ def _compiled(
         start.use_cache,
         prepared.start.known,
         every_layer=start.every_layer,
+        whole=prepared.whole,
         in_the_way=prepared.in_the_way,
         codes_chosen_before=start.requantised,
     )

@@ -86,6 +86,7 @@ class Prepared:
         flags: other keyword arguments that the model is called with.
         start: existing captures and values, and how much of the model each graph covers.
         unpacked: the parameters as they were before being packed for the spec, by name.
+        whole: the model before it was taken apart; None if it is one graph.
         notes: notes for display about parts that are not captured as one graph.
         in_the_way: the reasons why they are not, by the path of the stack of layers concerned; the reason for the whole
             model is under the empty path.
@@ -100,6 +101,7 @@ class Prepared:
     flags: Flags = ()
     start: StartingPoint = StartingPoint()
     unpacked: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)
+    whole: nn.Module | None = None
     notes: tuple[str, ...] = ()
     in_the_way: Mapping[str, str] = field(default_factory=dict)
     written: tuple[str, ...] = ()
@@ -164,7 +166,7 @@ def _take_apart(prepared: Prepared) -> Prepared:
     if not start.takes_apart:
         return prepared
     if elements := elements_in(prepared.flags):
-        return replace(prepared, model=union_of(prepared.model, elements))
+        return replace(prepared, model=union_of(prepared.model, elements), whole=prepared.model)
     model, axes = prepared.model, prepared.axes
     shown = default_axes(model) if axes is None else axes
     device = device_of(model)
@@ -184,6 +186,7 @@ def _take_apart(prepared: Prepared) -> Prepared:
     return replace(
         prepared,
         model=union,
+        whole=model,
         axes=calls,
         flags=flags,
         start=replace(start, known={**start.known, **apart.captures}),

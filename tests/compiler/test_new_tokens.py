@@ -109,6 +109,8 @@ def test_only_new_rows_train(family: str) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.sample("llama")
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TIED)
 def test_fold(family: str, tmp_path: Path) -> None:
     """Folded equals unfolded, also in plain transformers after saving and loading, and in ONNX Runtime."""

@@ -38,8 +38,10 @@ def _tokens(program: Program, context: Adapting) -> Sequence[Pass[Adapting]]:
     if spec.tokens is None:
         return ()
     build = context.builder(program, TOKENS, TOKENS)
+    another_element = compilation.whole is not None and TOKENS in compilation.parts
+    table = context.resolver.table
     try:
-        tables = token_sites(compilation.model, compilation.store, context.resolver.table, spec.tokens)
+        tables = token_sites(compilation.model, compilation.store, table, spec.tokens, optional=another_element)
     except GraftError as error:
         raise spec.locate(error) from error
 

@@ -41,7 +41,6 @@ def _of_the_whole(spec: Spec) -> Iterator[tuple[str, str]]:
     by_rows = any(isinstance(composition, Bank | Parallel | Split | Gate) for composition in spec.compose)
     others = (
         (by_rows, "compose", "rows that choose among adaptations"),
-        (spec.tokens is not None, "tokens", "added tokens"),
         (spec.cloze is not None, "cloze", "blanks"),
         (bool(spec.base.quantize and spec.layer_replication), "base.quantize", "packed weights of replicated layers"),
     )

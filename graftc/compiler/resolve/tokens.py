@@ -50,6 +50,9 @@ def with_room(model: nn.Module, tokens: Tokens) -> nn.Module:
     devices = [table.device] if table.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
         longer.resize_token_embeddings(needed, mean_resizing=False)
+        for module in longer.modules():  # resizing sets it for the root alone
+            if vars(module).get("vocab_size") == entries:
+                vars(module)["vocab_size"] = needed
         for tensor in {id(t): t for t in (_table(longer), _head(longer)) if t is not None}.values():
             if tensor.device.type != "meta" and tensor.shape[0] == needed:
                 tensor[entries:] = tensor[:entries].float().mean(0).to(tensor.dtype)
@@ -57,9 +60,16 @@ def with_room(model: nn.Module, tokens: Tokens) -> nn.Module:
 
 
 def token_sites(
-    model: nn.Module, store: Store, table: SiteTable, tokens: Tokens
+    model: nn.Module, store: Store, table: SiteTable, tokens: Tokens, *, optional: bool = False
 ) -> list[tuple[WeightSlice, list[LinearSite]]]:
     """Return, for each tensor with new rows, these rows and all of their readers in one Program.
+
+    Args:
+        model: the model, with room for the new rows.
+        store: the model's tensors.
+        table: the Program's sites.
+        tokens: the new tokens.
+        optional: whether the Program may look up no tokens.
 
     Raises:
         GraftError: GC018 if new rows cannot be inserted at one of a tensor's readers, GC031 if the Program looks up no
@@ -77,7 +87,7 @@ def token_sites(
         others = table.read_elsewhere(sites) if sites else None
         if others:
             raise GraftError("GC018", f"{name} is also read by {others}, where new rows cannot be added", place=_PLACE)
-        if not sites and tensor is tensors[0]:
+        if not sites and tensor is tensors[0] and not optional:
             inputs = ", ".join(table.program.signature)
             raise GraftError(
                 "GC031",

@@ -81,13 +81,14 @@ def require_same_modules(compilation: Compilation, built: nn.Module) -> None:
 def _difference(compilation: Compilation, built: nn.Module) -> str:
     """Return how a module of the model that was captured differs from that of a built one; empty if none does."""
     packed = {name.rpartition(".")[0] for name in compilation.store.packed}
+    live = dict(compilation.model.named_modules(remove_duplicate=False))
     # The root of the model that is captured may be graftc's own, around the modules of the source.
-    live = {**dict(compilation.model.named_modules(remove_duplicate=False)), "": compilation.source}
+    running = {**live, "": compilation.source}
     for path, module in built.named_modules(remove_duplicate=False):
         if path not in live:
             difference = f"{path} is missing"
-        elif path not in packed and _code_of(live[path]) != _code_of(module):
-            difference = f"{path or 'the model'} is a {type(live[path]).__name__} that runs other code"
+        elif path not in packed and _code_of(running[path]) != _code_of(module):
+            difference = f"{path or 'the model'} is a {type(running[path]).__name__} that runs other code"
         elif path not in packed and (other := _other_setting(live[path], module)):
             difference = f"{other} of {path or 'the model'} was changed"
         else:

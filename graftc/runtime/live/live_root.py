@@ -15,7 +15,6 @@ from graftc.compat.hooks import CALL_HOOKS, backward_hooks
 from graftc.compat.modules import buffers_of, parameters_of
 from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.live.elements import is_live
 from graftc.compiler.live.refusals import adapted_tensors
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.elements.calls import elements_in
@@ -114,7 +113,7 @@ class LiveRoot:
     """A copy of the source that runs its own Python; it shares tensors with a Store, but no modules with the source.
 
     Args:
-        source: the model that was compiled; it is not changed.
+        source: the model that was taken apart; it is not changed.
         store: the tensors to run on, whose weights are packed as the source's, or all in full precision.
         elements: the paths of its layers that run as graphs.
         adapted: for each tensor (by name) whose values the Python between graphs must not read, its adaptations.
@@ -146,9 +145,9 @@ class LiveRoot:
     @classmethod
     def of(cls, compilation: Compilation, store: Store) -> LiveRoot | None:
         """Return a live root for a compiled model; None if the model is one graph."""
-        if not is_live(compilation.model):
+        if compilation.whole is None:
             return None
-        return cls(compilation.source, store, elements_in(compilation.flags), adapted_tensors(compilation))
+        return cls(compilation.whole, store, elements_in(compilation.flags), adapted_tensors(compilation))
 
     def call(self, runner: GraphRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the outputs of a call, as the source model returns them.

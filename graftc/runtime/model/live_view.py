@@ -15,10 +15,8 @@ from torch import nn
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_values
-from graftc.compiler.live.refusals import adapted_tensors
 from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.preparing import Level
-from graftc.passes.core.elements.calls import elements_in
 from graftc.runtime.live.live_root import LiveRoot
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.model.root import AdaptedView
@@ -53,7 +51,7 @@ def live_view(runner: ModelRunner, shown_by: Callable[[nn.Module], Any] | None =
         known = runner.derived[name] = (
             shown,
             view,
-            LiveRoot(own.source, runner.store, elements_in(compilation.flags), adapted_tensors(compilation)),
+            LiveRoot.of(compilation, runner.store),
         )
     beside = copy.copy(runner)
     _, beside.shown, beside.live = known

@@ -387,7 +387,7 @@ class ModelRunner(Runner):
             if compilation.store is not self.store:
                 items.append(compilation)
                 continue
-            items += [compilation.model, compilation.source, compilation.spec, compilation.known]
+            items += [compilation.model, compilation.whole, compilation.source, compilation.spec, compilation.known]
             items.append(compilation.table.first_call)
             items += [*compilation.table.programs.values(), *compilation.signatures.values()]
             places = [*compilation.places().resolved, *vars(compilation.main).get("resolved", ())]

@@ -570,7 +570,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Correct the file, or remove the setting that the message names."),
     ("GC149", _SPEC, "the model is not one graph",
      "The model's own Python code runs between graphs of its layers, because the whole model cannot be captured, but "
-     "the feature that the message names needs one graph: virtual tokens, banks, added tokens, graphs in a file.",
+     "the feature that the message names needs one graph: virtual tokens, banks, clozes, graphs in a file.",
      "Adapt layers and linear maps with LoRA, (IA)3 or bottlenecks, or train tensors in full; deploy the merged model "
      "as a transformers folder. `capture: graph` reports why the whole model cannot be captured."),
 

@@ -271,6 +271,14 @@ def test_what_is_of_the_whole_is_refused(spec: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_replicated_layers_run_in_their_order() -> None:
+    model, compiled = model_and_compiled(Plain, {**SPEC, "layer_replication": [[0, 2], [1, 3]]})
+    deeper = copy.deepcopy(model)
+    deeper.layers = nn.ModuleList(model.layers[number] for number in (0, 1, 1, 2))
+    assert torch.equal(compiled(X), deeper(X))
+
+
+@pytest.mark.slow
 def test_it_warms_up() -> None:
     model, compiled = model_and_compiled(Moving)
     before = copy.deepcopy(compiled.train().state_dict())
