@@ -87,7 +87,7 @@ def _vector_back(tensor: Tensor, shaped: Shaped) -> Tensor:
 
 
 def _flat(tensor: Tensor, shaped: Shaped) -> Tensor:
-    if tensor.numel() != max([1, *tensor.shape]):
+    if sum(size != 1 for size in tensor.shape) > 1:
         raise IndexError
     return tensor.flatten()
 
