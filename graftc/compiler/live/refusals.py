@@ -35,6 +35,8 @@ def _of_the_whole(spec: Spec) -> Iterator[tuple[str, str]]:
         method, path = method_for(adaptation.method), f"adapt[{index}].method"
         if adaptation.virtual_tokens():
             yield path, "virtual tokens"
+        if getattr(adaptation, "positions", "") == "shifted":  # the model's own Python counts them, between graphs
+            yield f"adapt[{index}].positions", "shifted positions"
         objective = get_origin(method.objective) or method.objective
         if objective is not None and issubclass(objective, OutputObjective) and objective.wanted(adaptation):
             yield path, "objectives that compare several passes"

@@ -342,8 +342,8 @@ class SiteTable:
         key, shared = site.key, isinstance(site, SublayerSite | ValueSite)
         alike = (s for sites in self.entries for s in sites if type(s) is type(site))
         matching = [s for s in alike if (s.key.place == key.place if shared else s.key == key)]
-        if isinstance(site, AttentionSite):  # if keys come from a cache, the graph does not show their source
-            return [replace(s, keys=site.keys, values=site.values) for s in matching if isinstance(s, AttentionSite)]
+        if isinstance(site, AttentionSite):
+            return [own.with_heads_of(site) for own in matching if isinstance(own, AttentionSite)]
         return matching
 
 

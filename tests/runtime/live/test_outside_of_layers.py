@@ -260,6 +260,8 @@ def test_autocast_is_as_in_the_source(dtype: torch.dtype) -> None:
     "spec",
     [
         {"adapt": [{"method": "adamix"}]},
+        {"adapt": [{"method": "prefix", "positions": "shifted"}]},
+        {"adapt": [{"method": "p_tuning_v2"}]},
         {**SPEC, "base": {"quantize": "int8"}, "layer_replication": [[0, 2], [1, 3]]},
         {"adapt": [LORA, {**LORA, "name": "b"}], "compose": [{"gate": ["lora", "b"]}]},
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -250,6 +250,26 @@ class AttentionSite(Site):
     def scope(self) -> str:
         """``cross_attn`` if queries and keys come from different streams, otherwise ``attn``."""
         return "cross_attn" if self.crosses else "attn"
+
+    def with_heads_of(self, other: AttentionSite) -> AttentionSite:
+        """Return the site with the columns of another Program's heads at this place.
+
+        If keys come from a cache, the Program itself does not show their source. Only one of the Programs may repeat
+        keys for the queries of a group.
+        """
+        operands = self.operands
+        if operands is None and self.node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            operands = AttentionOperands(*cast("tuple[fx.Node, fx.Node, fx.Node]", self.node.args[:3]))
+        if operands is None or other.keys is None or other.values is None:
+            return replace(self, keys=other.keys, values=other.values)
+        keys, values = _repeated(other.keys, operands.keys), _repeated(other.values, operands.values)
+        return replace(self, keys=keys, values=values, operands=operands)
+
+
+def _repeated(columns: Tensor, operand: fx.Node) -> Tensor:
+    """Return the columns of each head, ``[heads, width]``, for an operand ``[rows, heads, tokens, width]``."""
+    known, heads = columns.shape[0], operand.meta["val"].shape[1]
+    return columns[:: known // heads] if heads < known else columns.repeat_interleave(heads // known, 0)
 
 
 @dataclass(eq=False)
