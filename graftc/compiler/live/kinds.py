@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
@@ -150,7 +151,7 @@ def _composed(request: CaptureRequest, parts: Sequence[_Part], names: Mapping[st
         parts: the captures of the kinds.
         names: the names of the inputs of each element, in order.
     """
-    graph, context = fx.Graph(), FakeContext()
+    graph, context = fx.Graph(), FakeContext(most=sys.maxsize)
     writing = [_Writing(numbered, graph, context, names) for numbered in _numbered(parts)]
     specs = {name: spec for one in writing for name, spec in one.specs.items()}
     ordered = tuple(specs[axis.name] for axis in request.axes)

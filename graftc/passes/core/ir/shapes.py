@@ -121,7 +121,7 @@ _OPERATORS: Mapping[type[ast.operator], tuple[Any, Callable[[int, int], int]]] =
 """The implementations of each operator for sympy expressions and for integers."""
 _LONGEST, _DEEPEST, _LARGEST = 1000, 40, 2**63
 _SYMBOL = re.compile(r"[a-z]\d{1,4}", re.ASCII)
-_SYMBOLS = 4096
+_SYMBOLS = 256
 
 
 def _fake_mode() -> FakeTensorMode:
@@ -139,9 +139,14 @@ class FakeContext:
     """Recreates fake tensors and symbolic sizes from text, all in one shape environment.
 
     The parser accepts only names, integers, ``+ - * // % **`` and four functions.
+
+    Attributes:
+        mode: the mode of the fake tensors.
+        most: the largest number of symbols, which bounds the time that text from a file can take.
     """
 
     mode: FakeTensorMode = field(default_factory=_fake_mode)
+    most: int = _SYMBOLS
     _symbols: dict[str, Any] = field(default_factory=dict)
     _sizes: dict[str, Any] = field(default_factory=dict)
     _tensors: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
@@ -149,7 +154,7 @@ class FakeContext:
     def symbol(self, name: str) -> Any:
         """Return the symbol called ``name``, created with its own hint on first use."""
         if name not in self._symbols:
-            if len(self._symbols) >= _SYMBOLS:
+            if len(self._symbols) >= self.most:
                 raise ValueError("not a size: too many symbols")
             self._symbols[name] = self._env.create_symbol(
                 3 + 4 * len(self._symbols),
