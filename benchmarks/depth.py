@@ -1,4 +1,4 @@
-"""What starting costs at real depth: compile, first and later steps, first and later tokens, beside peft.
+"""The time of starting at real depth, beside peft: compiling, the first and later steps, the first and later tokens.
 
     python -m benchmarks.depth [--rounds 3] [--only qwen2_vl] [--out benchmarks/results]
 
@@ -214,7 +214,7 @@ def _in_a_process(contestant: str, name: str, quick: bool, cache: str) -> dict[s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
-    options_of = parser("python -m benchmarks.depth", "What starting costs at real depth, beside peft.", 3)
+    options_of = parser("python -m benchmarks.depth", "Time starting at real depth, beside peft.", 3)
     options_of.add_argument("--only", choices=MODELS, help="one of the models")
     options_of.add_argument("--run", choices=CONTESTANTS, help="run one contestant in this process")
     options = parse(options_of, arguments)

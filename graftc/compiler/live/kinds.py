@@ -132,7 +132,7 @@ _LIBRARIES = ("transformers.modeling_utils", "torch.nn.modules.module")
 
 def _stands_for(capture: Capture, own: Contents, other: Contents) -> bool:
     """Return whether all integers that a traced element read are the same in another element."""
-    return all(own.numbers[place] == other.numbers[place] for place in capture.read)
+    return all(own.numbers.get(place) == other.numbers.get(place) for place in capture.read)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from graftc.compiler.capture.fixed_cache import traced_layer
 from graftc.compiler.capture.past import kinds_of
 from graftc.passes.core.elements import layer_cache
 
-_CACHES = ("transformers.cache_utils", layer_cache.__name__)
+_LIBRARY = "transformers.cache_utils"
+_CACHES = (_LIBRARY, layer_cache.__name__)
 """The modules whose own code compares and counts layer numbers to find the layers' parts."""
 _OPERATORS = """
     index int float bool hash str repr format eq ne lt le gt ge neg pos abs invert trunc round floor ceil
@@ -190,7 +191,7 @@ class CrossedCache:
 
 def crossed(value: Any) -> CrossedCache | None:
     """Return the state of a cache whose layers keep all tokens and nothing else; None for any other value."""
-    if type(value).__module__ not in _CACHES:
+    if type(value).__module__ != _LIBRARY:
         return None
     from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 

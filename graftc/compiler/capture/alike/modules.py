@@ -71,7 +71,7 @@ def alike(model: nn.Module) -> list[Layer]:
 
 @dataclass(frozen=True)
 class Contents:
-    """What determines, apart from its arguments, what a module computes.
+    """The contents of a module, which determine together with its arguments what it computes.
 
     Attributes:
         text: the contents of its modules, without the integers.
