@@ -48,7 +48,7 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.read: dict[str, None] = {}
         self._model, self._recording = type(model).__name__, recording
-        by_memory = {_memory(parameter): name for name, parameter in model.named_parameters()}
+        by_memory = {memory_of(parameter): name for name, parameter in model.named_parameters()}
         self._names = {memory: name for memory, name in by_memory.items() if memory}  # 0 for wrapped and empty ones
         self._values: dict[int, tuple[Any, str]] = {}
 
@@ -59,7 +59,7 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is UNPACK:
             values = func(*args, **options)
             if (name := self._name(args[0][0])) is not None:
-                self._values[_memory(values)] = _reference(values), name
+                self._values[memory_of(values)] = _reference(values), name
             return values
         schema = schema_of(func) if isinstance(func, torch._ops.OpOverload) else None
         written = self._written(schema, args, options) if schema is not None and schema.is_mutable else {}
@@ -100,7 +100,7 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return pytree.tree_map(lambda leaf: originals.get(id(leaf), leaf), result)
 
     def _name(self, tensor: Tensor) -> str | None:
-        memory = _memory(tensor) if tensor.numel() else 0
+        memory = memory_of(tensor) if tensor.numel() else 0
         if memory in self._values and not self._values[memory][0].expired():
             return self._values[memory][1]
         return self._names.get(memory)
@@ -116,5 +116,6 @@ def _reference(tensor: Tensor) -> Any:
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
-def _memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
+    """Return the address of a tensor's memory, which views share; 0 on the meta device."""
     return tensor.untyped_storage().data_ptr()

@@ -24,6 +24,7 @@ from graftc.compat.modules import BUFFERS, CHILDREN, PARAMETERS
 from graftc.compiler.capture.alike.modules import Contents, contents_of
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.capture_cache import Known, captured, key
+from graftc.compiler.capture.parameter_uses import memory_of
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.live.elements import elements_class
 from graftc.passes.core.elements.calls import CALLS, calls_in, input_names, write_calls
@@ -91,15 +92,11 @@ def captured_alone(request: CaptureRequest, path: str, known: Known, *, use_cach
         flags=((CALLS, write_calls([(path, calls_in(request.flags)[path])])),),
     )
     capture = captured(part, use_cache=use_cache, known=known)
-    own = {_memory(tensor) for tensor in chain(request.model.parameters(), request.model.buffers())}
-    if any(_memory(constant) in own and not constant.is_meta for constant in capture.constants.values()):
+    own = {memory_of(tensor) for tensor in chain(request.model.parameters(), request.model.buffers())}
+    if any(memory_of(constant) in own and not constant.is_meta for constant in capture.constants.values()):
         # It reads a tensor of a module outside of it, which a model of this element alone does not contain.
         capture = captured(replace(part, model=request.model), use_cache=use_cache, known=known)
     return capture
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def alone(model: nn.Module, path: str) -> nn.Module:
