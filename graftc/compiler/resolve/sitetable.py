@@ -32,6 +32,7 @@ from graftc.passes.core.sites.sites import (
     Use,
     ValueSite,
     linear_use,
+    with_heads_of,
 )
 from graftc.passes.core.sites.uses import Experts, Lookup
 from graftc.passes.core.sites.views import only_moves
@@ -343,7 +344,7 @@ class SiteTable:
         alike = (s for sites in self.entries for s in sites if type(s) is type(site))
         matching = [s for s in alike if (s.key.place == key.place if shared else s.key == key)]
         if isinstance(site, AttentionSite):
-            return [own.with_heads_of(site) for own in matching if isinstance(own, AttentionSite)]
+            return [with_heads_of(own, site) for own in matching if isinstance(own, AttentionSite)]
         return matching
 
 

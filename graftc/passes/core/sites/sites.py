@@ -251,19 +251,20 @@ class AttentionSite(Site):
         """``cross_attn`` if queries and keys come from different streams, otherwise ``attn``."""
         return "cross_attn" if self.crosses else "attn"
 
-    def with_heads_of(self, other: AttentionSite) -> AttentionSite:
-        """Return the site with the columns of another Program's heads at this place.
 
-        If keys come from a cache, the Program itself does not show their source. Only one of the Programs may repeat
-        keys for the queries of a group.
-        """
-        operands = self.operands
-        if operands is None and self.node.target is torch.ops.aten.scaled_dot_product_attention.default:
-            operands = AttentionOperands(*cast("tuple[fx.Node, fx.Node, fx.Node]", self.node.args[:3]))
-        if operands is None or other.keys is None or other.values is None:
-            return replace(self, keys=other.keys, values=other.values)
-        keys, values = _repeated(other.keys, operands.keys), _repeated(other.values, operands.values)
-        return replace(self, keys=keys, values=values, operands=operands)
+def with_heads_of(own: AttentionSite, other: AttentionSite) -> AttentionSite:
+    """Return an attention site with the columns of another Program's heads at this place.
+
+    If keys come from a cache, the Program itself does not show their source. Only one of the Programs may repeat
+    keys for the queries of a group.
+    """
+    operands = own.operands
+    if operands is None and own.node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        operands = AttentionOperands(*cast("tuple[fx.Node, fx.Node, fx.Node]", own.node.args[:3]))
+    if operands is None or other.keys is None or other.values is None:
+        return replace(own, keys=other.keys, values=other.values)
+    keys, values = _repeated(other.keys, operands.keys), _repeated(other.values, operands.values)
+    return replace(own, keys=keys, values=values, operands=operands)
 
 
 def _repeated(columns: Tensor, operand: fx.Node) -> Tensor:
